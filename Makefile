@@ -1,0 +1,61 @@
+# make demo    set up, then distil a tiny model end to end
+# make test    set up, then run the tests; test-slow: the long matrices; test-mcore-0.19: against megatron-core 0.19.2
+# make check   lint, format, types, layers
+#
+# PYTHON       interpreter for a new virtual environment: 3.11 or 3.12
+# VENV         its folder
+# TORCH_INDEX  package index to take torch from. PyPI's torch for Linux is a CUDA build of several GB;
+#              https://download.pytorch.org/whl/cpu has one for machines without a GPU.
+# ARGS         more arguments for pytest, or for `megatron-opd train` in demo
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip
+INSTALLED := $(VENV)/.installed
+SOURCES := $(wildcard megatron_opd tests tools examples benchmarks)
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+MCORE := .mcore-0.19
+
+# One thread for each rank: the ranks already fill the cores.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test test-slow test-mcore-0.19 check
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo 'Python 3.11 or 3.12 is needed; name one with make PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --editable '.[test,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/megatron-opd train examples/tiny/demo.yaml $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Beside the version that pip resolves, not in its place; 0.19.2 declares Python 3.12, but its code runs on 3.11.
+$(MCORE)/.installed: $(INSTALLED)
+	rm -rf $(MCORE)
+	$(PIP) install --target $(MCORE) --no-deps --ignore-requires-python megatron-core==0.19.2
+	@touch $@
+
+test-mcore-0.19: $(MCORE)/.installed
+	PYTHONPATH=$(abspath $(MCORE)) $(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/lint-imports

@@ -1,0 +1,85 @@
+"""``megatron-opd train|check CONFIG [key.path=value ...]``"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_opd.config import Config, load_config
+from megatron_opd.types import OpdError, RunStopped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: done; 1: the run stopped itself; 2: bad input, one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        _quiet_libraries()
+        return _check(config) if options.command == "check" else _train(config, arguments)
+    except OpdError as error:
+        return _fail(error, 2)
+    except RunStopped as error:
+        return _fail(error, 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-opd", description="On-policy distillation on Megatron-Core and SGLang.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "run CONFIG, resuming where it stopped"),
+        ("check", "check CONFIG and its inputs, build nothing"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="override of a config value")
+    return parser
+
+
+def _train(config: Config, arguments: list[str]) -> int:
+    # Imported late: a wrong config is refused before torch and Megatron are loaded.
+    from megatron_opd.launch import joined_world, local_rank, local_world_size, run_ranks
+    from megatron_opd.mcore.platform import Platform
+    from megatron_opd.preflight import prepare
+    from megatron_opd.train import train
+
+    platform = Platform.detect(local_rank())
+    if joined_world() is not None:
+        train(config, platform)
+        return 0
+    world_size = local_world_size(config.student.parallel, platform.device_count())
+    prepare(config, platform, world_size)
+    return run_ranks(arguments, world_size, platform)
+
+
+def _check(config: Config) -> int:
+    from megatron_opd.launch import joined_world, local_world_size
+    from megatron_opd.mcore.platform import Platform
+    from megatron_opd.preflight import describe, prepare
+
+    platform = Platform.detect()
+    world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())
+    print(describe(config, prepare(config, platform, world_size), platform, world_size))
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"megatron-opd: {error}", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """The numbers of the run, not the libraries' advice, belong on the user's screen."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

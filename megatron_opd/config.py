@@ -1,0 +1,332 @@
+"""Typed configuration: one YAML file plus dotted overrides; an unknown key is an error.
+
+``load_config("run.yaml", ["loss.opd=reverse_kl"])`` returns a :class:`Config` or raises :class:`~megatron_opd.types.OpdError`
+with one line that names the key, the value and the remedy. Defaults that StableOPD's paper (arXiv 2604.08527) does not give
+are ours and say so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_opd.types import Aggregation, Objective, OpdError, OpdKind, SamplingParams
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunConfig(_Section):
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    dir: str  # default: runs/${run.name}
+    seed: int = Field(default=17, ge=0, lt=2**31)
+    steps: int = Field(default=500, ge=1)
+    max_skipped_steps: int = Field(default=10, ge=1)  # non-finite steps in a row before the run stops
+
+
+class ParallelConfig(_Section):
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    dp: int | None = Field(default=None, ge=1)  # null: what the world size leaves
+    sequence_parallel: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tp * self.pp * self.cp
+
+
+class StudentConfig(_Section):
+    model: str  # an HF folder, or a hub name
+    init: Literal["pretrained", "random"] = "pretrained"  # random: config.json alone is read (warm start of tiny models)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    parallel: ParallelConfig = ParallelConfig()
+    fp8: None = None  # FP8 recipes are not there yet
+    megatron: dict[str, Any] = {}  # native TransformerConfig fields, checked against the installed class
+
+
+class TeacherConfig(_Section):
+    backend: Literal["megatron", "sglang"] = "megatron"  # megatron: full vocabulary; sglang: scores of given tokens only
+    model: str
+
+
+class ReferenceConfig(_Section):
+    model: str | None = None  # null: the initial student
+
+
+class SamplingConfig(_Section):
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=4096, ge=1)
+
+
+class RolloutConfig(_Section):
+    backend: Literal["embedded"] = "embedded"
+    sampling: SamplingConfig = SamplingConfig()
+    max_batch_size: int = Field(default=64, ge=1)  # sequences decoded at once on each rank
+
+
+class DataConfig(_Section):
+    prompts: str
+    prompts_per_step: int = Field(default=64, ge=1)
+    max_context: int | None = Field(default=None, ge=2)  # prompt + response, tokens; null: the student's own limit
+
+
+class MixtureConfig(_Section):
+    """Responses for each prompt, and each source's weight in the loss."""
+
+    student: int = Field(default=4, ge=0)
+    teacher: int = Field(default=0, ge=0)
+    gold: int = Field(default=1, ge=0, le=1)
+    student_weight: float = Field(default=1.0, ge=0)
+    teacher_weight: float = Field(default=1.0, ge=0)  # ours: plain cross-entropy on teacher-written responses
+    gold_weight: float = Field(default=0.1, ge=0)  # lambda_gold; the value is ours, the paper gives none
+
+
+class LossConfig(_Section):
+    opd: OpdKind = "sampled"
+    clip: float = Field(default=0.2, gt=0, lt=1)  # epsilon; ours
+    beta: float = Field(default=0.5, gt=0, lt=1)  # of jsd
+    reference_kl: float = Field(default=0.01, ge=0)  # beta_KL; ours
+    aggregation: Aggregation = "token"  # ours; it decides whether plain OPD collapses
+    chunk_tokens: int | None = Field(default=None, ge=1)  # null: from a byte budget
+
+
+class OptimizerConfig(_Section):
+    lr: float = Field(default=1e-6, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0)  # 0 turns clipping off
+    distributed: bool = True  # Megatron's distributed optimizer
+
+
+class PackingConfig(_Section):
+    max_tokens_per_microbatch: int = Field(default=16384, ge=2)
+
+
+class Threshold(_Section):
+    warn: float | None = None
+    stop: float | None = None
+
+
+class MonitorsConfig(_Section):
+    truncation: Threshold = Threshold(warn=0.3)
+    repetition: Threshold = Threshold(warn=0.05)
+    length_growth: Threshold = Threshold(warn=2.0)
+    repetition_tail_chars: int = Field(default=10_000, ge=1)  # the paper's L
+    repetition_threshold: float = Field(default=10.0, gt=1)  # the paper's tau
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(default=50, ge=1)
+    keep: int = Field(default=3, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+
+
+class EvalConfig(_Section):
+    prompts: str
+    every: int = Field(default=25, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=0.6, gt=0)  # the paper's evaluation temperature
+    max_new_tokens: int | None = Field(default=None, ge=1)  # null: as the rollouts
+    teacher: bool = True  # score the teacher once too, for comparison
+
+
+class Config(_Section):
+    run: RunConfig
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    reference: ReferenceConfig | None = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    data: DataConfig
+    mixture: MixtureConfig = MixtureConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    packing: PackingConfig = PackingConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig | None = None
+    metrics: list[Literal["jsonl", "tensorboard", "wandb"]] = ["jsonl", "tensorboard"]
+
+    @property
+    def objective(self) -> Objective:
+        """The loss's coefficients; a source without responses has weight 0."""
+        mixture = self.mixture
+        rollouts = mixture.student > 0
+        return Objective(
+            opd=self.loss.opd,
+            clip=self.loss.clip,
+            beta=self.loss.beta,
+            temperature=self.rollout.sampling.temperature,
+            student_weight=mixture.student_weight if rollouts else 0.0,
+            teacher_weight=mixture.teacher_weight if mixture.teacher else 0.0,
+            gold_weight=mixture.gold_weight if mixture.gold else 0.0,
+            reference_kl=self.loss.reference_kl if rollouts and self.reference is not None else 0.0,
+        )
+
+    def sampling(self, stop_ids: tuple[int, ...]) -> SamplingParams:
+        s = self.rollout.sampling
+        return SamplingParams(s.temperature, s.top_p, s.max_new_tokens, stop_ids)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads 1e-6 as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read ``path``, apply ``key.path=value`` overrides (values are YAML), resolve ``${a.b}`` and validate.
+
+    Relative paths inside the file stay relative to the working directory. Raises OpdError.
+    """
+    file = Path(path)
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise OpdError(f"config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OpdError(f"config {file}: not valid YAML ({_one_line(error)})") from error
+    if not isinstance(tree, dict):
+        raise OpdError(f"config {file}: must be a mapping of sections such as run, student, data")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return validate_config(tree)
+
+
+def validate_config(tree: dict[str, Any]) -> Config:
+    """A plain tree → Config, with the checks that need no file and no model. Raises OpdError."""
+    if isinstance(tree.get("run"), dict):
+        tree = {**tree, "run": {"dir": "runs/${run.name}", **tree["run"]}}
+    tree = _interpolate(tree, tree)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise OpdError(_explain(error)) from error
+    _check_combinations(config)
+    return config
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise OpdError(f"override {override!r}: must have the form key.path=value")
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for depth, part in enumerate(parents):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise OpdError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    try:
+        node[leaf] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise OpdError(f"override {override!r}: the value is not valid YAML ({_one_line(error)})") from error
+
+
+def _interpolate(node: Any, root: dict[str, Any]) -> Any:
+    if isinstance(node, dict):
+        return {key: _interpolate(value, root) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_interpolate(value, root) for value in node]
+    if isinstance(node, str):
+        return re.sub(r"\$\{([^}]+)\}", lambda match: str(_lookup(match.group(1), root)), node)
+    return node
+
+
+def _lookup(key: str, root: dict[str, Any]) -> Any:
+    node: Any = root
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if node is None or isinstance(node, dict | list):
+        raise OpdError(f"${{{key}}}: no such value in the config; name a key that is set")
+    return node
+
+
+def _explain(error: ValidationError) -> str:
+    """The first finding as one line: key, value, remedy."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {remedy}"
+    if first["type"] == "missing":
+        return f"{key}: required, but not set; add it to the config or give {key}=VALUE"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message}, got {first['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(section.model_fields)
+
+
+def _check_combinations(config: Config) -> None:
+    mixture, loss, parallel = config.mixture, config.loss, config.student.parallel
+    if mixture.student + mixture.teacher + mixture.gold == 0:
+        raise OpdError("mixture: student, teacher and gold are all 0; ask for at least one response for each prompt")
+    for name, count, weight in (
+        ("student", mixture.student, mixture.student_weight),
+        ("teacher", mixture.teacher, mixture.teacher_weight),
+        ("gold", mixture.gold, mixture.gold_weight),
+    ):
+        if count and weight == 0:
+            raise OpdError(f"mixture.{name}_weight: 0, but mixture.{name} is {count}; set mixture.{name}=0 or a weight above 0")
+    if config.teacher is None and mixture.student:
+        raise OpdError("teacher: not set, but mixture.student > 0 needs its scores; set teacher.model or mixture.student=0")
+    if config.teacher is None and mixture.teacher:
+        raise OpdError("teacher: not set, but mixture.teacher > 0 needs it to write; set teacher.model or mixture.teacher=0")
+    if config.teacher is not None and config.teacher.backend == "sglang":
+        if loss.opd != "sampled":
+            raise OpdError(
+                f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but teacher.backend=sglang gives scores only; "
+                "set teacher.backend=megatron or loss.opd=sampled"
+            )
+        raise OpdError("teacher.backend: sglang is not supported yet; set teacher.backend=megatron")
+    if config.reference is None and loss.reference_kl > 0 and mixture.student:
+        raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
+    if config.optimizer.warmup_steps >= config.run.steps:
+        raise OpdError(
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below run.steps={config.run.steps}; lower it"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise OpdError(f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}; lower it")
+    if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
+        raise OpdError(f"optimizer.betas: {config.optimizer.betas}, but each must be at least 0 and below 1")
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise OpdError("student.parallel.sequence_parallel: true needs tp > 1; set tp=2 or more, or sequence_parallel=false")
+    for axis, size in (("cp", parallel.cp), ("ep", parallel.ep)):
+        if size > 1:
+            raise OpdError(f"student.parallel.{axis}: {size} is not supported yet; set {axis}=1")
+    if config.student.init == "random" and (mixture.student or mixture.teacher):
+        raise OpdError(
+            "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

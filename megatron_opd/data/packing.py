@@ -1,0 +1,149 @@
+"""Rollouts → THD micro-batches: balanced over data-parallel ranks, each position's weight already globally normalised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_opd.types import Aggregation, OpdError, PackedBatch, Rollout, Source
+
+# A layer costs about 24 H^2 FLOPs a token in its linear maps and 2 H L in causal attention over a sequence of L tokens: the two
+# are equal at L = 12 H. The balance uses H = 2,048; it is insensitive to it, since both terms order sequences alike.
+_CROSSOVER_TOKENS = 12 * 2048
+_FILLER_TOKENS = 2  # ours; any small number would do
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    rollout: Rollout
+    weight: float  # of each response token
+
+    @property
+    def length(self) -> int:
+        """Input positions: the last token is only a label."""
+        return len(self.rollout.prompt.token_ids) + len(self.rollout.response_ids) - 1
+
+    @property
+    def cost(self) -> int:
+        return self.length * (_CROSSOVER_TOKENS + self.length)
+
+
+def pack(
+    rollouts: Sequence[Rollout], *, dp_size: int, max_tokens: int, aggregation: Aggregation, pad_to_multiple: int = 1
+) -> list[list[PackedBatch]]:
+    """The micro-batches of every data-parallel rank, ``[dp rank][micro-batch]``.
+
+    Every rank calls it with the *same* rollouts, so the counts behind the weights are global without a collective. With
+    ``aggregation="token"`` a response token of source s weighs 1 / N_s, N_s the response tokens of s over the whole step; with
+    ``"response"`` it weighs 1 / (R_s * len(response)), R_s the responses of s. Either way the weights of each source that is
+    present sum to 1 over all ranks and micro-batches. An empty response has no position: it is left out, counted nowhere.
+
+    Longest first, each sequence goes to the rank with the least cost so far (linear plus attention FLOPs), so no rank exceeds
+    the mean by more than one sequence; within a rank likewise to micro-batches of at most ``max_tokens`` tokens. All ranks
+    get equally many micro-batches, which pipeline schedules need; where a rank has too few sequences the rest are fillers: one
+    sequence without weight. The result depends on the arguments alone.
+
+    Args:
+        pad_to_multiple: T of each micro-batch is a multiple of it (sequence parallelism: tp). The padding is a last sequence
+            without weight.
+
+    Raises OpdError where one sequence alone exceeds ``max_tokens``.
+    """
+    capacity = max_tokens - max_tokens % pad_to_multiple
+    filler_tokens = _round_up(_FILLER_TOKENS, pad_to_multiple)
+    if capacity < filler_tokens:
+        raise OpdError(
+            f"packing.max_tokens_per_microbatch: {max_tokens}, but a micro-batch needs at least {filler_tokens} tokens; raise it"
+        )
+    sequences = sorted(_weigh(rollouts, aggregation), key=lambda sequence: -sequence.length)
+    if sequences and sequences[0].length > capacity:
+        longest = sequences[0]
+        raise OpdError(
+            f"packing.max_tokens_per_microbatch: {max_tokens}, but prompt {longest.rollout.prompt.uid!r} with its"
+            f" {longest.rollout.source} response has {longest.length} tokens;"
+            f" set it to {_round_up(longest.length, pad_to_multiple)} or more"
+        )
+    micro_batches = _split(_spread(sequences, dp_size, _total_length(sequences)), capacity)
+    return [[_build(group, pad_to_multiple, filler_tokens) for group in rank] for rank in micro_batches]
+
+
+def _weigh(rollouts: Sequence[Rollout], aggregation: Aggregation) -> list[_Sequence]:
+    written = [rollout for rollout in rollouts if rollout.response_ids]
+    responses = Counter(rollout.source for rollout in written)
+    tokens: Counter[Source] = Counter()
+    for rollout in written:
+        tokens[rollout.source] += len(rollout.response_ids)
+    if aggregation == "token":
+        return [_Sequence(rollout, 1 / tokens[rollout.source]) for rollout in written]
+    return [_Sequence(rollout, 1 / (responses[rollout.source] * len(rollout.response_ids))) for rollout in written]
+
+
+def _split(ranks: Sequence[Sequence[_Sequence]], capacity: int) -> list[list[list[_Sequence]]]:
+    """Each rank's sequences into micro-batches, on all ranks as many as the rank that needs the most."""
+    count = max(1, *(-(-_total_length(rank) // capacity) for rank in ranks))
+    while True:
+        split = [_spread(rank, count, capacity) for rank in ranks]
+        if all(_total_length(group) <= capacity for rank in split for group in rank):
+            return split
+        count += 1
+
+
+def _total_length(sequences: Sequence[_Sequence]) -> int:
+    return sum(sequence.length for sequence in sequences)
+
+
+def _spread(sequences: Sequence[_Sequence], bins: int, capacity: int) -> list[list[_Sequence]]:
+    """Each sequence to the least loaded bin that has room for it, or to the least loaded of all. Wants the longest first."""
+    groups: list[list[_Sequence]] = [[] for _ in range(bins)]
+    costs = [0] * bins
+    lengths = [0] * bins
+    for sequence in sequences:
+        with_room = [i for i in range(bins) if lengths[i] + sequence.length <= capacity]
+        chosen = min(with_room or range(bins), key=costs.__getitem__)
+        groups[chosen].append(sequence)
+        costs[chosen] += sequence.cost
+        lengths[chosen] += sequence.length
+    return groups
+
+
+def _build(sequences: Sequence[_Sequence], pad_to_multiple: int, filler_tokens: int) -> PackedBatch:
+    lengths = [sequence.length for sequence in sequences]
+    padding = -sum(lengths) % pad_to_multiple if sequences else filler_tokens
+    if padding:
+        lengths.append(padding)
+    total = sum(lengths)
+    tokens = torch.zeros(total, dtype=torch.int64)  # [T]
+    labels = torch.zeros(total, dtype=torch.int64)  # [T]
+    old_log_probs = torch.zeros(total)  # [T]
+    weights = {source: torch.zeros(total) for source in Source}  # each [T]
+    start = 0
+    for sequence in sequences:
+        rollout = sequence.rollout
+        end = start + sequence.length
+        first = start + len(rollout.prompt.token_ids) - 1  # the last prompt token predicts the first response token
+        tokens[start:end] = torch.tensor((*rollout.prompt.token_ids, *rollout.response_ids[:-1]))
+        labels[first:end] = torch.tensor(rollout.response_ids)
+        weights[rollout.source][first:end] = sequence.weight
+        if rollout.source is Source.STUDENT:
+            if len(rollout.log_probs) != len(rollout.response_ids):
+                raise ValueError(f"{len(rollout.log_probs)} log-probabilities for {len(rollout.response_ids)} response tokens")
+            old_log_probs[first:end] = torch.tensor(rollout.log_probs)
+        start = end
+    return PackedBatch(
+        tokens=tokens,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        labels=labels,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
+        old_log_probs=old_log_probs,
+        rollout_weights=weights[Source.STUDENT],
+        teacher_weights=weights[Source.TEACHER],
+        gold_weights=weights[Source.GOLD],
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

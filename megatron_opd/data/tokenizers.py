@@ -1,0 +1,76 @@
+"""Tokenizers of local Hugging Face folders: load, find the stop tokens, compare student and teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoTokenizer
+
+from megatron_opd.types import OpdError, Tokenizer
+
+_DIFFERENCES_SHOWN = 3
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a local Hugging Face folder. Raises OpdError where there is none that can be read."""
+    if not Path(folder).is_dir():
+        raise OpdError(f"tokenizer {folder}: no such folder; give a Hugging Face folder with tokenizer.json")
+    try:
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    except Exception as error:  # transformers lets through whatever the tokenizer's own format raises
+        reason = " ".join(str(error).split())[:200]
+        raise OpdError(
+            f"tokenizer {folder}: cannot be loaded ({reason}); the folder needs a readable tokenizer.json"
+        ) from error
+
+
+def stop_ids(folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The stop class, sorted: every eos_token_id of generation_config.json, config.json and the tokenizer.
+
+    Student and teacher may end with different ids of it (Qwen2.5 base 151643, instruct 151645). Raises OpdError where none of
+    the three names one.
+    """
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        found.update(_declared_ids(Path(folder) / name))
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise OpdError(
+            f"model {folder}: no end token; set eos_token_id in generation_config.json, config.json or the tokenizer"
+        )
+    return tuple(sorted(found))
+
+
+def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, student_name: str, teacher_name: str) -> None:
+    """Raises OpdError unless both give every id, special tokens included, to the same token.
+
+    Padded embedding rows are no tokens, so models of different padded sizes pass. Which ids end a response is not compared:
+    that is the stop class.
+    """
+    ours = {index: token for token, index in student.get_vocab().items()}
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    differing = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    if differing:
+        shown = ", ".join(f"{index} ({ours.get(index)!r} / {theirs.get(index)!r})" for index in differing[:_DIFFERENCES_SHOWN])
+        raise OpdError(
+            f"teacher.model {teacher_name}: its tokenizer differs from that of student.model {student_name} at"
+            f" {len(differing)} ids (id (student / teacher)): {shown}; use a teacher with the student's tokenizer"
+        )
+
+
+def _declared_ids(file: Path) -> list[int]:
+    """eos_token_id of a JSON file: an id, a list of ids, null or absent."""
+    if not file.is_file():
+        return []
+    try:
+        tree: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OpdError(f"{file}: not valid JSON ({error}); restore the file") from error
+    value = tree.get("eos_token_id") if isinstance(tree, dict) else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int and index >= 0 for index in ids):
+        raise OpdError(f"{file}: eos_token_id is {value!r}; it must be an id or a list of ids")
+    return ids

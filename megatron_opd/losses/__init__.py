@@ -1,0 +1,7 @@
+"""Exact distillation losses under vocabulary parallelism; pure torch, every process group is an argument."""
+
+from megatron_opd.losses.fused_linear import fused_linear_divergence
+from megatron_opd.losses.objective import distillation_loss
+from megatron_opd.losses.vocab_parallel import vocab_parallel_divergence
+
+__all__ = ["distillation_loss", "fused_linear_divergence", "vocab_parallel_divergence"]

@@ -1,0 +1,153 @@
+"""Checkpoints of the whole training state in Megatron's torch_dist format, reshardable over TP, PP and DP.
+
+A checkpoint is a folder ``step_00000050`` that appears by one rename when everything in it is written; a run that is killed
+while saving leaves the earlier ones as they were. ``state.json`` beside the tensors holds what is not a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_opd.mcore.model import ModelSpec
+from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.trainer import Trainer
+from megatron_opd.types import DataCursor, OpdError, TrainState
+
+_STATE = "state.json"
+_NAME = re.compile(r"step_(\d{8})")
+# Megatron's default format of the distributed optimizer cannot be resharded over TP and PP.
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+def identity(spec: ModelSpec) -> dict[str, Any]:
+    """What a checkpoint must have in common with the model that loads it."""
+    return {
+        "architecture": spec.architecture,
+        "num_hidden_layers": spec.dims.layers,
+        "hidden_size": spec.hf.hidden_size,
+        "intermediate_size": spec.hf.intermediate_size,
+        "num_attention_heads": spec.dims.heads,
+        "num_key_value_heads": spec.dims.query_groups,
+        "head_dim": spec.dims.head_dim,
+        "vocab_size": spec.dims.vocab_size,
+        "tie_word_embeddings": spec.dims.tied,
+    }
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    if not folder.is_dir():
+        return None
+    whole = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _STATE).is_file())
+    return whole[-1] if whole else None
+
+
+def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
+    """The step of a checkpoint that this run may continue. Raises OpdError where it belongs to another model or seed."""
+    content = _read_state(path)
+    for key, wanted in identity(spec).items():
+        found = content["model"].get(key)
+        if found != wanted:
+            raise OpdError(
+                f"checkpoint {path}: made by another model ({key} is {found!r} there, {wanted!r} in student.model); "
+                "choose another run.dir, or checkpoint.resume=never"
+            )
+    if content["seed"] != seed:
+        raise OpdError(
+            f"checkpoint {path}: made with run.seed={content['seed']}, not {seed}; set that seed, or another run.dir"
+        )
+    return int(content["state"]["step"])
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int, keep: int) -> Path:
+    """Write the state after ``state.step`` steps and delete all but the newest ``keep`` checkpoints. Collective over all ranks."""
+    target = folder / f"step_{state.step:08d}"
+    partial = folder / f".{target.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(trainer, loading=False), str(partial))
+    if dist.get_rank() == 0:
+        content = {
+            "state": dataclasses.asdict(state),
+            "model": identity(trainer.spec),
+            "seed": seed,
+            "layout": _layout(trainer.layout),
+        }
+        (partial / _STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier, resumed run
+        partial.rename(target)
+        whole = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+        for path in whole[:-keep]:
+            shutil.rmtree(path)
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
+    """Restore model, optimizer, schedule and random states. Collective over all ranks. Raises OpdError."""
+    content = _read_state(path)
+    same_layout = content["layout"] == _layout(trainer.layout)
+    wanted = _sharded_state(trainer, loading=True)
+    if not same_layout:  # random states belong to the ranks of one layout
+        del wanted["random"]
+    try:
+        loaded = dist_checkpointing.load(wanted, str(path))
+    except Exception as error:  # Megatron and torch raise many kinds for a damaged checkpoint
+        raise OpdError(
+            f"checkpoint {path}: cannot be loaded ({' '.join(str(error).split())}); delete it to use the one before"
+        ) from error
+    trainer.model.load_state_dict(loaded["model"])
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.schedule.load_state_dict(loaded["schedule"])
+    if same_layout:
+        torch.set_rng_state(loaded["random"]["torch"])
+        get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+    state = content["state"]
+    return TrainState(**{**state, "cursor": DataCursor(**state["cursor"])})
+
+
+def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    layout = trainer.layout
+    model = trainer.model.sharded_state_dict()
+    random_states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    return {
+        "model": model,
+        "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT),
+        "schedule": trainer.schedule.state_dict(),
+        "random": ShardedObject(
+            "random",
+            random_states,
+            (layout.pp_size, layout.tp_size, layout.dp_size),
+            (layout.pp_rank, layout.tp_rank, layout.dp_rank),
+        ),
+    }
+
+
+def _layout(layout: ParallelLayout) -> dict[str, int]:
+    return {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OpdError(
+            f"checkpoint {path}: {_STATE} cannot be read; delete this folder to use the checkpoint before"
+        ) from error
+    return content

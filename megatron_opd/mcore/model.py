@@ -1,0 +1,211 @@
+"""A Hugging Face folder → Megatron's GPTModel that ends at the final hidden states.
+
+The LM head is a parameter of the model, but its product belongs to the loss: no [T, V] logits are ever made here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.hf_folder import HFFolder
+from megatron_opd.mcore.hf_mapping import Dimensions, load_weights, table_for
+from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.types import OpdError, PackedBatch
+
+_ROWS_PER_RANK = 16  # FP8 matrix products need multiples of 16
+_EXACT_ROPE = ("default", "linear", "llama3")  # kinds that are a change of the inverse frequencies alone
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns final-norm hidden states [T, H], sequence-parallel shards gathered."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # The loss returns the complete hidden gradient on every rank, so the backward of this gather is a plain split.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return hidden_states.squeeze(1)  # [T, 1, H] → [T, H]
+
+    def forward_packed(self, batch: PackedBatch) -> Tensor:
+        """[T, H] on the last stage; the activations to send on elsewhere."""
+        device = next(self.parameters()).device
+        boundaries = batch.cu_seqlens.to(device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        tokens, positions = batch.tokens.to(device), batch.position_ids.to(device)
+        hidden: Tensor = self(tokens[None], positions[None], None, packed_seq_params=packed)
+        return hidden
+
+    @property
+    def lm_head(self) -> Parameter:
+        """[V_padded/tp, H]; the embedding itself where the two are tied on one stage. Last stage only."""
+        return (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What follows from config.json and the layout, before any module is built. Raises OpdError in :func:`model_spec`."""
+
+    architecture: str
+    hf: PretrainedConfig
+    dims: Dimensions
+    max_positions: int
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    multiple = _ROWS_PER_RANK * tp
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpec:
+    """Check that the model can be computed exactly, and fits the layout. ``key`` names it in errors, e.g. student.model."""
+    try:
+        table_for(folder.architecture)
+    except OpdError as error:
+        raise OpdError(f"{key}: {error}") from error
+    hf = folder.config
+    for flag in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if hf.to_dict().get(flag):
+            raise OpdError(f"{key}: {folder.path / 'config.json'} sets {flag}={hf.to_dict()[flag]}, which is not supported")
+    if hf.hidden_act != "silu":
+        raise OpdError(f"{key}: {folder.path / 'config.json'} sets hidden_act={hf.hidden_act}; only silu is supported")
+    rope_type = hf.rope_parameters["rope_type"]
+    if rope_type not in _EXACT_ROPE:
+        raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported; supported are {', '.join(_EXACT_ROPE)}")
+    for name, value, axis, size in (
+        ("num_attention_heads", hf.num_attention_heads, "tp", parallel.tp),
+        ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
+        ("intermediate_size", hf.intermediate_size, "tp", parallel.tp),
+        ("num_hidden_layers", hf.num_hidden_layers, "pp", parallel.pp),
+    ):
+        if value % size:
+            raise OpdError(f"{key}: {name}={value} is not divisible by {axis}={size}; choose a {axis} that divides it")
+    return ModelSpec(
+        architecture=folder.architecture,
+        hf=hf,
+        dims=Dimensions(
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            query_groups=hf.num_key_value_heads,
+            head_dim=hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads,
+            vocab_size=hf.vocab_size,
+            padded_vocab_size=padded_vocab_size(hf.vocab_size, parallel.tp),
+            tied=bool(hf.tie_word_embeddings),
+        ),
+        max_positions=hf.max_position_embeddings,
+    )
+
+
+def transformer_config(
+    spec: ModelSpec, parallel: ParallelConfig, platform: Platform, dtype: torch.dtype, native: dict[str, Any]
+) -> TransformerConfig:
+    """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that we derive are refused."""
+    hf, dims = spec.hf, spec.dims
+    derived = {
+        "num_layers": dims.layers,
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads": dims.heads,
+        "num_query_groups": dims.query_groups,
+        "kv_channels": dims.head_dim,
+        "ffn_hidden_size": hf.intermediate_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": spec.architecture == "Qwen2ForCausalLM",
+        "qk_layernorm": spec.architecture == "Qwen3ForCausalLM",
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        # The batch's weights carry every division (see trainer.py), so gradients must be summed over the ranks, not averaged.
+        "calculate_per_token_loss": True,
+        # Packed micro-batches differ in length; Megatron asks for this dispatcher even in dense models.
+        "variable_seq_lengths": parallel.pp > 1,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name in native:
+        if name not in known:
+            raise OpdError(f"student.megatron.{name}: not a field of the installed TransformerConfig; remove it")
+        if name in derived:
+            raise OpdError(f"student.megatron.{name}: follows from the model and student.parallel; remove it")
+    try:
+        return TransformerConfig(**{**derived, **defaults, **native})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
+
+
+def build_model(
+    spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout, platform: Platform, *, with_head: bool = True
+) -> HiddenStateModel:
+    """This rank's part of the model, without weights. ``with_head=False`` leaves an untied LM head out."""
+    model = HiddenStateModel(
+        config=config,
+        transformer_layer_spec=platform.block_spec(config),
+        vocab_size=spec.dims.padded_vocab_size,
+        max_sequence_length=spec.max_positions,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=spec.dims.tied,
+        position_embedding_type="rope",
+        rotary_base=spec.hf.rope_parameters["rope_theta"],
+    )
+    inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
+    assert attention_factor == 1.0  # holds for every kind in _EXACT_ROPE
+    model.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
+    if not with_head and layout.is_last_stage:
+        model.output_layer = None
+    return model.to(platform.device)
+
+
+def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
+    """[head_dim / 2] fp32, as transformers computes them, so that every supported scaling equals its original."""
+    rope_type = hf.rope_parameters["rope_type"]
+    if rope_type == "default":
+        dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        return 1.0 / (hf.rope_parameters["rope_theta"] ** exponents), 1.0
+    inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
+    return inverse_frequencies, attention_factor
+
+
+def load_pretrained(model: HiddenStateModel, spec: ModelSpec, folder: HFFolder, layout: ParallelLayout) -> None:
+    load_weights(model, spec.architecture, spec.dims, folder.tensor, layout)
+
+
+def load_random(model: HiddenStateModel, spec: ModelSpec, layout: ParallelLayout, seed: int) -> None:
+    """transformers' own initialisation, seeded: the same weights in every layout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = AutoModelForCausalLM.from_config(spec.hf, dtype=torch.float32).state_dict()
+    load_weights(model, spec.architecture, spec.dims, weights.__getitem__, layout)

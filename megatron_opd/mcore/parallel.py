@@ -1,0 +1,102 @@
+"""A parallel layout as explicit process groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.types import OpdError
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """This rank's place in TP x PP x DP. Megatron's order: tensor-parallel ranks are neighbours, then data, then pipeline."""
+
+    tp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup  # context parallel ranks included: they hold different tokens of one global batch
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage(self) -> int:
+        """Global rank of the stage that computes the loss in this rank's pipeline."""
+        return dist.get_global_rank(self.pp, self.pp_size - 1)
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """What the model-parallel axes leave of ``world_size``. Raises OpdError where they do not divide it."""
+    shards = parallel.model_parallel_size
+    remainder = world_size % shards
+    if remainder or (parallel.dp is not None and parallel.dp * shards != world_size):
+        axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}"
+        asked = "" if parallel.dp is None else f" x dp={parallel.dp}"
+        raise OpdError(
+            f"student.parallel: {axes}{asked} does not fit {world_size} ranks; "
+            f"start a multiple of {shards} ranks{'' if parallel.dp is None else ', or leave dp unset'}"
+        )
+    return world_size // shards
+
+
+def init_process_group(platform: Platform, timeout_s: float = 1800.0) -> None:
+    """Join the world that torchrun (or the launcher) describes in the standard environment variables."""
+    platform.prepare_process()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    dist.init_process_group(platform.backend, timeout=timedelta(seconds=timeout_s))
+
+
+def init_layout(parallel: ParallelConfig, seed: int) -> ParallelLayout:
+    """Build Megatron's process groups and seed its random states; torch.distributed is initialised."""
+    data_parallel_size(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ParallelLayout(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )

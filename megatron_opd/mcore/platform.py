@@ -1,0 +1,68 @@
+"""One object decides device, backend, layer spec and the config flags that follow from them. Nothing else says "cuda"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_opd.mcore.attention import PortableCoreAttention, PortableNorm
+
+
+@dataclass(frozen=True)
+class Platform:
+    """CPU: gloo and the local layer spec. CUDA: NCCL and the Transformer Engine spec."""
+
+    device: torch.device
+    backend: str  # of torch.distributed
+    transformer_engine: bool
+
+    @staticmethod
+    def detect(local_rank: int = 0) -> Platform:
+        if torch.cuda.is_available():
+            return Platform(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl", transformer_engine=True)
+        return Platform(torch.device("cpu"), "gloo", transformer_engine=False)
+
+    def device_count(self) -> int | None:
+        """Visible GPUs; None on CPU, where as many ranks run as are asked for."""
+        return torch.cuda.device_count() if self.device.type == "cuda" else None
+
+    def prepare_process(self) -> None:
+        """One thread for each CPU rank (more is slower: ranks already fill the cores); each CUDA rank gets its device."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(1)
+
+    def config_flags(self) -> dict[str, Any]:
+        """TransformerConfig fields that the device decides. Fusions need CUDA kernels, or cost a compilation on CPU."""
+        fused = self.transformer_engine
+        return {
+            "use_cpu_initialization": not fused,
+            "gradient_accumulation_fusion": False,  # needs apex; TE accumulates by itself
+            "bias_activation_fusion": fused,
+            "bias_dropout_fusion": fused,
+            "apply_rope_fusion": fused,
+            "masked_softmax_fusion": fused,
+            "persist_layer_norm": False,
+        }
+
+    def block_spec(self, config: TransformerConfig) -> TransformerBlockSubmodules:
+        """The decoder of this pipeline stage."""
+        if self.transformer_engine:
+            return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = PortableCoreAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = PortableNorm
+        return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=PortableNorm)

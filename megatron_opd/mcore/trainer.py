@@ -1,0 +1,182 @@
+"""The student on Megatron: DDP, distributed optimizer, learning-rate schedule, and one optimizer step of the objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_opd.config import OptimizerConfig
+from megatron_opd.losses import distillation_loss
+from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
+from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.schedule import forward_backward
+from megatron_opd.types import FrozenScores, LossOutput, Objective, PackedBatch, StepStats
+
+_NO_SCORES = FrozenScores(None, None)
+
+
+class Trainer:
+    """Owns the student's parameters, gradients and optimizer state."""
+
+    def __init__(
+        self,
+        model: HiddenStateModel,
+        spec: ModelSpec,
+        layout: ParallelLayout,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        *,
+        total_steps: int,
+        loss_vocab_size: int,
+        chunk_tokens: int | None,
+    ) -> None:
+        """``loss_vocab_size``: ids that student, teacher and reference share; rows beyond it take no part in the loss."""
+        self.model, self.spec, self.layout, self.objective = model, spec, layout, objective
+        self.loss_vocab_size, self.chunk_tokens = loss_vocab_size, chunk_tokens
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed),
+            model,
+        )
+        self.ddp.broadcast_params()
+        self.optimizer = build_optimizer(self.ddp, model, optimizer)
+        self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+        model.config.finalize_model_grads_func = _sum_gradients
+        model.config.grad_scale_func = self.optimizer.scale_loss
+
+    def step(
+        self, batches: Sequence[PackedBatch], teacher: FrozenScores = _NO_SCORES, reference: FrozenScores = _NO_SCORES
+    ) -> StepStats:
+        """One optimizer step on the global batch whose share of this data-parallel rank is ``batches``.
+
+        A non-finite loss or gradient norm leaves weights, optimizer and learning rate as they were (``skipped``).
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = [self._loss(i, batch, teacher, reference) for i, batch in enumerate(batches)]
+        outputs = forward_backward(self.ddp, self.model.forward_packed, batches, losses)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())  # over the model-parallel groups
+        sums = self._reduce(batches, outputs)
+        finite = math.isfinite(grad_norm) and bool(torch.isfinite(sums).all())
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if finite:
+            self.optimizer.step()
+            self.schedule.step(1)
+        loss, opd, reference_kl, teacher_sft, gold_sft, entropy, advantage, gap, tokens, largest_gap = sums.tolist()
+        return StepStats(
+            loss=loss,
+            opd=opd,
+            reference_kl=reference_kl,
+            teacher_sft=teacher_sft,
+            gold_sft=gold_sft,
+            entropy=entropy,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped=not finite,
+            advantage=advantage,
+            engine_gap_mean=gap,
+            engine_gap_max=largest_gap,
+            tokens=round(tokens),
+        )
+
+    def _loss(
+        self, index: int, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores
+    ) -> Callable[[Tensor], LossOutput]:
+        def loss(hidden: Tensor) -> LossOutput:
+            return distillation_loss(
+                hidden,
+                self.model.lm_head,
+                batch,
+                self.objective,
+                teacher_hidden=teacher.hidden[index] if teacher.hidden is not None else None,
+                teacher_head=teacher.lm_head,
+                reference_hidden=reference.hidden[index] if reference.hidden is not None else None,
+                reference_head=reference.lm_head,
+                vocab_size=self.loss_vocab_size,
+                group=self.layout.tp,
+                chunk_tokens=self.chunk_tokens,
+            )
+
+        return loss
+
+    def _reduce(self, batches: Sequence[PackedBatch], outputs: Sequence[LossOutput]) -> Tensor:
+        """[10] fp64 on CPU: nine sums over the data-parallel group and one maximum, made on the last stage, equal on all."""
+        device = next(self.model.parameters()).device
+        sums, largest = torch.zeros(9, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
+        for batch, output in zip(batches, outputs, strict=bool(outputs)):
+            weights = batch.rollout_weights.to(device)
+            sampled = weights > 0
+            gap = (output.log_probs - batch.old_log_probs.to(device)).abs().where(sampled, 0.0)  # [T] nats
+            advantage = torch.zeros((), device=device)
+            if output.teacher_log_probs is not None:
+                advantage = ((output.teacher_log_probs - batch.old_log_probs.to(device)).where(sampled, 0.0) * weights).sum()
+            terms = (output.loss, output.opd, output.reference_kl, output.teacher_sft, output.gold_sft, output.entropy)
+            tokens = torch.tensor(float(batch.num_tokens), device=device)
+            sums += torch.stack([t.detach().double() for t in (*terms, advantage, (gap * weights).sum(), tokens)])
+            largest = torch.maximum(largest, gap.max().double())
+        dist.all_reduce(sums, group=self.layout.dp)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp)
+        total = torch.cat([sums, largest])
+        if self.layout.pp_size > 1:
+            dist.broadcast(total, self.layout.last_stage, group=self.layout.pp)
+        return total.cpu()
+
+
+def _sum_gradients(models: list[Any], num_tokens: Tensor | None, *args: Any, **kwargs: Any) -> None:
+    """Megatron's reduction without its division: the batch's weights already divide each source by its own global count.
+
+    Megatron knows one count for the whole batch; one count shared by rollout and gold tokens would let the gold term fade when
+    rollouts get longer.
+    """
+    finalize_model_grads(models, None, *args, **kwargs)
+
+
+def build_optimizer(ddp: DistributedDataParallel, model: HiddenStateModel, config: OptimizerConfig) -> MegatronOptimizer:
+    """Megatron's AdamW with fp32 master weights where the parameters are bf16."""
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=config.distributed,
+            clip_grad=config.clip_grad,
+        ),
+        [ddp],
+    )
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from lr / (warmup_steps + 1), so that the first step moves, then constant, linear or cosine to min_lr."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=config.lr / (config.warmup_steps + 1),
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=total_steps,
+        lr_decay_style=config.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # A resumed run takes its place in the schedule from the checkpoint and its shape from the config.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,122 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_opd.types import MetricsSink, OpdError
+
+Record = Mapping[str, float | int | None]
+
+
+def open_sinks(
+    names: Sequence[str], run_dir: str | Path, run_name: str, config: Mapping[str, Any], *, resume_step: int
+) -> list[MetricsSink]:
+    """The sinks of ``metrics``; ``resume_step`` is the first step that this process will write.
+
+    Raises OpdError where a sink's package is not installed or a file cannot be written.
+    """
+    folder = Path(run_dir)
+    sinks: list[MetricsSink] = []
+    for name in names:
+        match name:
+            case "jsonl":
+                sinks.append(JsonlSink(folder / "metrics.jsonl", resume_step))
+            case "tensorboard":
+                sinks.append(TensorBoardSink(folder / "tensorboard", resume_step))
+            case "wandb":
+                sinks.append(WandbSink(folder, run_name, config))
+            case _:
+                raise OpdError(f"metrics: unknown sink {name!r}; known: jsonl, tensorboard, wandb")
+    return sinks
+
+
+class JsonlSink:
+    """One JSON object a line and step, flushed at once; a NaN or infinity is written as null.
+
+    Lines of ``resume_step`` and later, and torn ones, are what a killed run left after its checkpoint: they are dropped, so the
+    file has each step once.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int) -> None:
+        file = Path(path)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                _drop_from(file, resume_step)
+            self._file = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise OpdError(f"metrics file {file}: cannot be written ({error.strerror}); choose another run.dir") from error
+
+    def write(self, step: int, record: Record) -> None:
+        finite = {key: None if value is None or not math.isfinite(value) else value for key, value in record.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard, which hides steps from ``resume_step`` on that an earlier process wrote; None is left out."""
+
+    def __init__(self, folder: str | Path, resume_step: int) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard", "pip install tensorboard")
+        self._writer = module.SummaryWriter(str(folder), purge_step=resume_step)
+
+    def write(self, step: int, record: Record) -> None:
+        for key, value in record.items():
+            if value is not None:
+                self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """One Weights & Biases run, continued when the training run is resumed."""
+
+    def __init__(self, run_dir: str | Path, run_name: str, config: Mapping[str, Any]) -> None:
+        module = _import("wandb", "wandb", "pip install 'megatron-opd[wandb]'")
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self._run = module.init(
+            project="megatron-opd", name=run_name, id=run_name, resume="allow", dir=str(run_dir), config=dict(config)
+        )
+
+    def write(self, step: int, record: Record) -> None:
+        self._run.log({key: value for key, value in record.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _drop_from(file: Path, resume_step: int) -> None:
+    """Rewrite ``file`` with its whole lines of steps before ``resume_step``; a crash leaves the old file or the new one."""
+    kept = [line for line in file.read_bytes().splitlines(keepends=True) if _step_of(line) < resume_step]
+    rewritten = file.with_suffix(".tmp")
+    rewritten.write_bytes(b"".join(kept))
+    os.replace(rewritten, file)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a whole line; infinity for a torn one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+    return step if isinstance(step, int) and line.endswith(b"\n") else math.inf
+
+
+def _import(module: str, package: str, command: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise OpdError(f"metrics: {package} is not installed; {command}, or take it out of metrics") from error

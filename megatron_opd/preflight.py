@@ -1,0 +1,206 @@
+"""Everything that can be wrong is found here, before any model is built: files, tensors, tokenizers, prompts, layout, resume.
+
+``prepare`` reads headers and text only, and returns what the run starts from. Every refusal is an OpdError of one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_opd.config import Config
+from megatron_opd.data.prompts import load_prompts
+from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
+from megatron_opd.hf_folder import HFFolder, resolve_model
+from megatron_opd.mcore.checkpoint import check_checkpoint, latest_checkpoint
+from megatron_opd.mcore.model import ModelSpec, TransformerConfig, model_spec, transformer_config
+from megatron_opd.mcore.parallel import data_parallel_size
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.types import OpdError, Prompt, Tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked inputs of a run."""
+
+    student: HFFolder
+    teacher: HFFolder | None
+    reference: HFFolder | None
+    student_spec: ModelSpec
+    student_config: TransformerConfig
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    teacher_stop_ids: tuple[int, ...]
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    loss_vocab_size: int  # ids that student, teacher and reference share
+    dp_size: int
+    resume: Path | None
+    resume_step: int
+
+
+def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
+    """Check the whole run. Raises OpdError."""
+    parallel = config.student.parallel
+    dp_size = data_parallel_size(parallel, world_size)
+
+    student = HFFolder(resolve_model(config.student.model))
+    student_spec = model_spec(student, parallel, "student.model")
+    student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
+    if config.student.init == "pretrained":
+        student.check_tensors()
+    teacher, reference = _frozen_folders(config, student)
+    specs = [student_spec]
+    for folder, key in ((teacher, "teacher.model"), (reference, "reference.model")):
+        if folder is not None:
+            specs.append(model_spec(folder, parallel, key))
+            folder.check_tensors()
+
+    tokenizer = load_tokenizer(student.path)
+    stops = teacher_stops = stop_ids(student.path, tokenizer)
+    for folder in (teacher, reference):
+        if folder is not None and folder.path != student.path:
+            check_same_tokenizer(tokenizer, load_tokenizer(folder.path), str(student.path), str(folder.path))
+    if teacher is not None:
+        teacher_stops = stop_ids(teacher.path, tokenizer)
+    vocab_size = min(spec.dims.vocab_size for spec in specs)
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= vocab_size:
+        raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
+
+    prompts, heldout = _prompts(config, tokenizer, stops[0], min(spec.max_positions for spec in specs))
+    resume, resume_step = _resume(config, student_spec)
+    return Inputs(
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        student_spec=student_spec,
+        student_config=student_config,
+        tokenizer=tokenizer,
+        stop_ids=stops,
+        teacher_stop_ids=teacher_stops,
+        prompts=prompts,
+        heldout=heldout,
+        loss_vocab_size=vocab_size,
+        dp_size=dp_size,
+        resume=resume,
+        resume_step=resume_step,
+    )
+
+
+def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int) -> str:
+    """What ``megatron-opd check`` prints: the resolved run, one fact a line."""
+    parallel, mixture, objective = config.student.parallel, config.mixture, config.objective
+    facts = {
+        "run": f"{config.run.name}: {config.run.steps} steps into {config.run.dir}",
+        "platform": f"{platform.device.type}, {platform.backend}, "
+        + ("Transformer Engine spec" if platform.transformer_engine else "local layer spec"),
+        "layout": f"tp={parallel.tp} pp={parallel.pp} dp={inputs.dp_size} on {world_size} ranks",
+        "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
+        "teacher": str(inputs.teacher.path) if inputs.teacher else "none",
+        "reference": str(inputs.reference.path) if inputs.reference else "none",
+        "vocabulary": f"{inputs.loss_vocab_size} shared ids, padded to {inputs.student_spec.dims.padded_vocab_size} in the student",
+        "end tokens": f"student {list(inputs.stop_ids)}, teacher {list(inputs.teacher_stop_ids)}",
+        "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
+        "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
+        "objective": f"{objective.opd} x {objective.student_weight}, reference KL x {objective.reference_kl}, "
+        f"gold x {objective.gold_weight}, aggregation {config.loss.aggregation}",
+        "resume": f"{inputs.resume} (step {inputs.resume_step})" if inputs.resume else "from the start",
+    }
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    return torch.float32 if config.student.dtype == "float32" else torch.bfloat16
+
+
+def _frozen_folders(config: Config, student: HFFolder) -> tuple[HFFolder | None, HFFolder | None]:
+    """Only the models that the objective or the mixture uses."""
+    objective = config.objective
+    teacher = reference = None
+    if config.teacher is not None and (objective.needs_teacher or config.mixture.teacher):
+        teacher = HFFolder(resolve_model(config.teacher.model))
+    if config.reference is not None and objective.needs_reference:
+        reference = HFFolder(resolve_model(config.reference.model)) if config.reference.model else student
+    return teacher, reference
+
+
+def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts; every sequence that can arise fits the context and a micro-batch."""
+    context = min(positions, config.data.max_context or positions)
+    new_tokens = config.rollout.sampling.max_new_tokens if config.mixture.student or config.mixture.teacher else 1
+    if new_tokens >= context:
+        raise OpdError(
+            f"rollout.sampling.max_new_tokens: {new_tokens} leaves no room for a prompt in {context} positions; lower it"
+        )
+    prompts = load_prompts(
+        config.data.prompts,
+        tokenizer,
+        stop_id=stop_id,
+        max_prompt_tokens=context - new_tokens,
+        require_solutions=config.mixture.gold > 0,
+        max_sequence_tokens=context if config.mixture.gold else None,
+    )
+    longest = max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts)
+    budget = config.packing.max_tokens_per_microbatch
+    if longest > budget:
+        raise OpdError(
+            f"packing.max_tokens_per_microbatch: {budget} is below the longest possible sequence of {longest} tokens; raise it, "
+            "or lower rollout.sampling.max_new_tokens"
+        )
+    if config.data.prompts_per_step > len(prompts):
+        raise OpdError(
+            f"data.prompts_per_step: {config.data.prompts_per_step}, but {config.data.prompts} has {len(prompts)} prompts"
+        )
+    if config.eval is None:
+        return prompts, []
+    eval_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
+    heldout = load_prompts(
+        config.eval.prompts,
+        tokenizer,
+        stop_id=stop_id,
+        max_prompt_tokens=positions - eval_tokens,
+        require_solutions=False,
+        limit=config.eval.limit,
+    )
+    _check_heldout(config, prompts, heldout)
+    return prompts, heldout
+
+
+def _check_heldout(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    assert config.eval is not None
+    seen = {prompt.token_ids for prompt in prompts}
+    trained_on = sum(prompt.token_ids in seen for prompt in heldout)
+    if trained_on:
+        raise OpdError(
+            f"eval.prompts: {trained_on} prompts of {config.eval.prompts} are trained on as well; remove them from one file"
+        )
+    if any(prompt.answer is None for prompt in heldout):
+        raise OpdError(f"eval.prompts: {config.eval.prompts} has prompts without 'answer'; add it, or remove the eval section")
+
+
+def _sequence_length(prompt: Prompt, new_tokens: int, *, gold: bool) -> int:
+    """Input positions of the longest sequence that this prompt can give: the last token is only predicted."""
+    solution = len(prompt.solution_ids) if gold and prompt.solution_ids is not None else 0
+    return len(prompt.token_ids) + max(new_tokens, solution) - 1
+
+
+def _resume(config: Config, spec: ModelSpec) -> tuple[Path | None, int]:
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OpdError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from error
+    latest = latest_checkpoint(run_dir / "checkpoints")
+    if latest is None:
+        return None, 0
+    if config.checkpoint.resume == "never":
+        raise OpdError(f"checkpoint.resume: never, but {latest} exists; choose another run.dir or delete it")
+    return latest, check_checkpoint(latest, spec, config.run.seed)

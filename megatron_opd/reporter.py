@@ -1,0 +1,117 @@
+"""What a run leaves for people: metrics, samples, messages, the final summary. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import yaml
+
+from megatron_opd.config import Config
+from megatron_opd.evaluation.evaluate import correctness
+from megatron_opd.monitoring.console import TrainingConsole, summary_table
+from megatron_opd.monitoring.metrics import open_sinks
+from megatron_opd.monitoring.samples import write_samples
+from megatron_opd.types import Alarm, Rollout, StepStats, TrainState
+
+Record = Mapping[str, float | int | None]
+_SAMPLES_EVERY = 10  # steps
+_SAMPLED_PROMPTS = 4
+
+
+class Reporter:
+    """A context manager around the run. Every rank makes one, so that the loop has no rank in it; all but rank 0 are silent."""
+
+    def __init__(self, config: Config, resume_step: int, *, rank: int) -> None:
+        self.config = config
+        self.run_dir = Path(config.run.dir)
+        self.active = rank == 0
+        self.started = time.monotonic()
+        if self.active:
+            tree = config.model_dump(mode="json")
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+            first_step = resume_step + 1 if resume_step else 0
+            self.sinks = open_sinks(config.metrics, self.run_dir, config.run.name, tree, resume_step=first_step)
+            self.console = TrainingConsole(config.run.steps, resume_step, sys.stdout)
+
+    def __enter__(self) -> Self:
+        if self.active:
+            self.console.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.console.__exit__()
+            for sink in self.sinks:
+                sink.close()
+
+    def start(self, state: TrainState, record: Record) -> None:
+        """The held-out figures before the first step."""
+        if self.active:
+            self._write(state.step, record)
+            known = {"before": "student", "teacher": "teacher"}
+            figures = [f"{known[name]} {value:.1%}" for name, value in state.evaluations.items() if name in known]
+            self.console.message(f"held-out accuracy before training: {', '.join(figures)}")
+
+    def step(
+        self, state: TrainState, stats: StepStats, record: Record, rollouts: Sequence[Rollout], alarms: Sequence[Alarm]
+    ) -> None:
+        """One optimizer step: the fixed names of metrics.jsonl, samples now and then, alarms and skips as messages."""
+        if not self.active:
+            return
+        objective = self.config.objective
+        whole: Record = {
+            "loss": stats.loss,
+            "loss/opd": stats.opd if objective.student_weight else None,
+            "loss/reference_kl": stats.reference_kl if objective.reference_kl else None,
+            "loss/gold_sft": stats.gold_sft if objective.gold_weight else None,
+            "loss/teacher_sft": stats.teacher_sft if objective.teacher_weight else None,
+            "grad_norm": stats.grad_norm,
+            "learning_rate": stats.learning_rate,
+            "policy/entropy": stats.entropy if objective.student_weight else None,
+            "policy/advantage": stats.advantage if objective.student_weight else None,
+            "policy/engine_gap_mean": stats.engine_gap_mean if objective.student_weight else None,
+            "policy/engine_gap_max": stats.engine_gap_max if objective.student_weight else None,
+            "policy_version": state.policy_version,
+            "skipped_steps": state.skipped_steps,
+            **record,
+        }
+        self._write(state.step, whole)
+        self.console.update(state.step, whole)
+        if "eval/accuracy" in record:
+            self.console.message(f"step {state.step}: held-out accuracy {record['eval/accuracy']:.1%}")
+        if stats.skipped:
+            self.console.message(
+                f"step {state.step}: skipped, non-finite loss or gradient ({state.consecutive_skips} in a row)"
+            )
+        for alarm in alarms:
+            self.console.message(f"{alarm.level}: {alarm.message}")
+        if state.step % _SAMPLES_EVERY == 0 or state.step in (1, self.config.run.steps):
+            write_samples(self.run_dir, state.step, rollouts, correctness(rollouts), _SAMPLED_PROMPTS)
+
+    def finish(self, state: TrainState, checkpoint: Path | None, export: Path) -> None:
+        """The summary: accuracies, where everything lies."""
+        if not self.active:
+            return
+        names = {"before": "student before", "after": "student after", "teacher": "teacher"}
+        rows = [
+            (f"held-out accuracy, {names[name]}", f"{state.evaluations[name]:.1%}")
+            for name in names
+            if name in state.evaluations
+        ]
+        rows += [
+            ("steps", f"{state.step}, {state.skipped_steps} skipped"),
+            ("time of this process", f"{(time.monotonic() - self.started) / 60:.1f} min"),
+            ("metrics", str(self.run_dir / "metrics.jsonl")),
+            ("samples to read", str(self.run_dir / "samples")),
+            ("checkpoint", str(checkpoint)),
+            ("Hugging Face export", str(export)),
+        ]
+        self.console.message(summary_table(f"{self.config.run.name} is done", rows))
+
+    def _write(self, step: int, record: Record) -> None:
+        for sink in self.sinks:
+            sink.write(step, record)

@@ -1,0 +1,189 @@
+"""On-policy distillation, from prompts to weights: the loop reads as the algorithm (StableOPD, arXiv 2604.08527)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_opd.config import Config
+from megatron_opd.data.packing import pack
+from megatron_opd.evaluation.evaluate import accuracy, evaluate
+from megatron_opd.hf_folder import write_hf_folder
+from megatron_opd.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.parallel import init_layout, init_process_group
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.preflight import Inputs, dtype_of, prepare
+from megatron_opd.reporter import Reporter
+from megatron_opd.rollout.collect import collect
+from megatron_opd.setup import System, build_system
+from megatron_opd.types import (
+    Alarm,
+    FrozenScores,
+    PackedBatch,
+    RolloutEngine,
+    RunStopped,
+    SamplingParams,
+    Scorer,
+    StepStats,
+    TrainState,
+)
+
+
+def train(config: Config, platform: Platform) -> None:
+    """Run ``config`` on the ranks that torch.distributed's environment describes; every rank calls it.
+
+    Raises OpdError for bad input, RunStopped when the run cannot usefully go on.
+    """
+    init_process_group(platform)
+    try:
+        inputs = prepare(config, platform, dist.get_world_size())
+        layout = init_layout(config.student.parallel, config.run.seed)
+        system = build_system(config, inputs, platform, layout)
+        with Reporter(config, inputs.resume_step, rank=dist.get_rank()) as reporter:
+            _run(config, inputs, system, reporter)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> None:
+    trainer, layout = system.trainer, system.trainer.layout
+    state = load_checkpoint(inputs.resume, trainer) if inputs.resume else TrainState()
+    system.monitors.load_state_dict(state.monitors)
+    if system.weight_sync:
+        system.weight_sync.push(state.policy_version)
+    if state.step == 0:
+        _evaluate_start(config, inputs, system, state, reporter)
+    sampling = config.sampling(inputs.stop_ids)
+    clock = Clock()
+
+    while state.step < config.run.steps:
+        prompts = system.dataset.next(state.cursor, config.data.prompts_per_step)
+        plan = system.mixture.assign(prompts, state.step)  # prompt → who writes its responses
+        with clock.phase("rollout"):
+            rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
+        alarms = system.monitors.observe(state.step, rollouts)
+        batches = pack(
+            rollouts,
+            dp_size=layout.dp_size,
+            max_tokens=config.packing.max_tokens_per_microbatch,
+            aggregation=config.loss.aggregation,
+            pad_to_multiple=layout.tp_size if config.student.parallel.sequence_parallel else 1,
+        )[layout.dp_rank]
+        with clock.phase("score"):
+            teacher_scores = _score(system.teacher, batches)
+            reference_scores = _score(system.reference, batches)
+        with clock.phase("train"):
+            stats = trainer.step(batches, teacher_scores, reference_scores)
+        state.step += 1
+        _count_skips(state, stats)
+        with clock.phase("weight_sync"):
+            if system.weight_sync and not stats.skipped:
+                state.policy_version += 1
+                system.weight_sync.push(state.policy_version)
+
+        record = {"rollout/accuracy": accuracy(rollouts), **system.monitors.summary(), **clock.record(stats.tokens)}
+        if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
+            record |= _evaluate(config, inputs, system.engine, inputs.stop_ids, state, "after")
+        reporter.step(state, stats, record, rollouts, alarms)
+        _stop_if_needed(config, state, alarms, system)
+        if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
+            _save(config, system, state)
+    _finish(config, inputs, system, state, reporter)
+
+
+def _score(scorer: Scorer | None, batches: Sequence[PackedBatch]) -> FrozenScores:
+    if scorer is None:
+        return FrozenScores(None, None)
+    with scorer.on_device():
+        return scorer.score(batches)
+
+
+def _count_skips(state: TrainState, stats: StepStats) -> None:
+    state.skipped_steps += stats.skipped
+    state.consecutive_skips = state.consecutive_skips + 1 if stats.skipped else 0
+
+
+def _stop_if_needed(config: Config, state: TrainState, alarms: Sequence[Alarm], system: System) -> None:
+    """Raises RunStopped, after a checkpoint where the weights are still good."""
+    folder = Path(config.run.dir) / "checkpoints"
+    if state.consecutive_skips >= config.run.max_skipped_steps:
+        raise RunStopped(
+            f"step {state.step}: {state.consecutive_skips} steps in a row had a non-finite loss or gradient; the checkpoints in "
+            f"{folder} are intact; lower optimizer.lr, or look at the last samples"
+        )
+    stops = [alarm for alarm in alarms if alarm.level == "stop"]
+    if stops:
+        saved = _save(config, system, state)
+        raise RunStopped(f"step {state.step}: {stops[0].message}; saved {saved}")
+
+
+def _save(config: Config, system: System, state: TrainState) -> Path:
+    state.monitors = system.monitors.state_dict()
+    folder = Path(config.run.dir) / "checkpoints"
+    return save_checkpoint(folder, system.trainer, state, config.run.seed, config.checkpoint.keep)
+
+
+def _evaluate_start(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:
+    """Held-out accuracy of the student before the first step, and of the teacher."""
+    if config.eval is None:
+        return
+    record = _evaluate(config, inputs, system.engine, inputs.stop_ids, state, "before")
+    if config.eval.teacher and system.teacher_engine is not None:
+        _evaluate(config, inputs, system.teacher_engine, inputs.teacher_stop_ids, state, "teacher")
+        record["eval/teacher_accuracy"] = state.evaluations["teacher"]
+    reporter.start(state, record)
+
+
+def _evaluate(
+    config: Config, inputs: Inputs, engine: RolloutEngine | None, stops: tuple[int, ...], state: TrainState, name: str
+) -> dict[str, float | None]:
+    """Evaluate on the held-out prompts, with the same draws each time; the accuracy is kept in ``state`` under ``name``."""
+    assert config.eval is not None and engine is not None
+    new_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
+    result = evaluate(engine, inputs.heldout, SamplingParams(config.eval.temperature, 1.0, new_tokens, stops), config.run.seed)
+    assert result.accuracy is not None  # preflight refuses held-out prompts without answers
+    state.evaluations[name] = result.accuracy
+    return {
+        "eval/accuracy": result.accuracy,
+        "eval/truncation_rate": result.truncation_rate,
+        "eval/length_mean": result.length_mean,
+    }
+
+
+def _finish(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:
+    """The HF export, which transformers and SGLang load, and the summary."""
+    target = Path(config.run.dir) / "hf"
+    trainer = system.trainer
+    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    if dist.get_rank() == 0:
+        write_hf_folder(weights, inputs.student.path, target, dtype_of(config))
+    else:
+        for _ in weights:  # the stream is collective
+            pass
+    dist.barrier()
+    reporter.finish(state, latest_checkpoint(Path(config.run.dir) / "checkpoints"), target)
+
+
+class Clock:
+    """Seconds spent in each phase of the current step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] = time.perf_counter() - start
+
+    def record(self, tokens: int) -> dict[str, float | None]:
+        """This step's phases, its whole time and its input tokens per second; starts the next step."""
+        now = time.perf_counter()
+        elapsed, self.started = now - self.started, now
+        return {**self.seconds, "time/step": elapsed, "tokens_per_second": tokens / elapsed}

@@ -1,0 +1,275 @@
+"""Every noun that crosses a module boundary. Imports torch and nothing of ours.
+
+One training step moves these objects along:
+
+    Prompt -> RolloutRequest -> Rollout -> PackedBatch -> FrozenScores -> LossOutput -> StepStats
+
+Shapes: T is the number of input positions of a micro-batch, S the number of sequences packed into it, H a hidden size, V a
+vocabulary size, tp the tensor-parallel size. Log-probabilities and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+
+class OpdError(Exception):
+    """Bad input. The message is one line that names the key or file, the value and the remedy; the CLI exits with code 2."""
+
+
+class RunStopped(Exception):
+    """The run cannot usefully go on: too many non-finite steps, or an alarm that asks to stop. One line; exit code 1."""
+
+
+class Source(StrEnum):
+    """Who wrote a response; each source is normalised by its own global count."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+    GOLD = "gold"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of the prompts file, tokenised.
+
+    Example: ``Prompt(uid="7", token_ids=(1, 52, 9), text="2+3=?", answer="5", solution_ids=(14, 2), solution="5")``
+    """
+
+    uid: str
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str | None = None
+    solution_ids: tuple[int, ...] | None = None  # the gold response, end token included
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an engine samples. ``top_p`` cuts the sampling, never the reported log-probabilities."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One response to obtain. ``seed`` alone decides its random draws, whatever it is batched with."""
+
+    prompt: Prompt
+    source: Source
+    sample: int  # index among the responses of this source to this prompt
+    seed: int  # 63 bits, a function of (run seed, step, prompt, source, sample)
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response and what its writer knew about it."""
+
+    prompt: Prompt
+    source: Source
+    response_ids: tuple[int, ...]  # [R], end token included when finish_reason is "stop"
+    log_probs: tuple[float, ...]  # [R] nats, log pi_old at the sampling temperature, before top-p; empty for gold
+    finish_reason: FinishReason
+    policy_version: int  # version of the weights that sampled it; 0 for gold and for the frozen teacher
+    text: str
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One THD micro-batch. Position i reads ``tokens[i]`` and predicts ``labels[i]``.
+
+    The weight streams already carry the division by the *global* count of their own source (micro-batches x DP), so losses are
+    plain weighted sums: no later division, no mean of means. A position has weight in at most one stream; prompt and padding
+    positions have none.
+    """
+
+    tokens: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, restarts at 0 in each sequence
+    labels: Tensor  # [T] int64, 0 where no stream has weight
+    cu_seqlens: Tensor  # [S + 1] int32
+    max_seqlen: int
+    old_log_probs: Tensor  # [T] fp32 nats, the engine's log pi_old(label); 0 outside student rollouts
+    rollout_weights: Tensor  # [T] fp32, sums to 1 over the global batch (or to 0 when no student rollout is there)
+    teacher_weights: Tensor  # [T] fp32, likewise for teacher-written responses
+    gold_weights: Tensor  # [T] fp32, likewise for gold solutions
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class FrozenScores:
+    """What a frozen model says about this rank's micro-batches.
+
+    ``hidden[i]`` belongs to micro-batch i. Both fields are None on ranks that do not compute the loss (all but the last
+    pipeline stage).
+    """
+
+    hidden: list[Tensor] | None  # each [T, H], final-norm hidden states
+    lm_head: Tensor | None  # [V/tp, H], row shard in the student's tensor-parallel layout
+
+
+OpdKind = Literal["sampled", "reverse_kl", "forward_kl", "jsd"]
+Aggregation = Literal["token", "response"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The coefficients of L = w_s L_OPD + beta KL(student || reference) + lambda_t CE_teacher + lambda_gold CE_gold."""
+
+    opd: OpdKind
+    clip: float  # epsilon of the clipped surrogate
+    beta: float  # generalised JSD's beta
+    temperature: float  # of every distribution in the loss: the sampling temperature
+    student_weight: float
+    teacher_weight: float
+    gold_weight: float  # lambda_gold
+    reference_kl: float  # beta_KL
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.student_weight > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reference_kl > 0
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """One micro-batch's loss: weighted sums, to be added over micro-batches and the data-parallel group.
+
+    Only ``loss`` carries a gradient. ``opd``, ``reference_kl``, ``teacher_sft`` and ``gold_sft`` are the terms before their
+    coefficients.
+    """
+
+    loss: Tensor  # scalar
+    opd: Tensor  # scalar
+    reference_kl: Tensor  # scalar, nats
+    teacher_sft: Tensor  # scalar, nats
+    gold_sft: Tensor  # scalar, nats
+    entropy: Tensor  # scalar, nats: rollout-weighted entropy of the student
+    log_probs: Tensor  # [T] nats, log pi_theta(label)
+    teacher_log_probs: Tensor | None  # [T] nats, log pi_T(label)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step reports; equal on all ranks."""
+
+    loss: float
+    opd: float
+    reference_kl: float
+    teacher_sft: float
+    gold_sft: float
+    entropy: float  # nats
+    grad_norm: float
+    learning_rate: float
+    skipped: bool  # a non-finite loss or gradient: the weights did not move
+    advantage: float  # nats, rollout-weighted mean of log pi_T - log pi_old
+    engine_gap_mean: float  # nats, mean |log pi_theta - log pi_old| over rollout tokens
+    engine_gap_max: float  # nats
+    tokens: int  # input positions of the global batch
+
+
+@dataclass
+class DataCursor:
+    """Where the seeded order of prompts stands; JSON-serialisable."""
+
+    epoch: int = 0
+    position: int = 0  # prompts of this epoch already handed out
+
+
+@dataclass
+class TrainState:
+    """Everything that a resumed run needs besides model, optimizer, learning-rate schedule and random states."""
+
+    step: int = 0
+    policy_version: int = 0
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+    cursor: DataCursor = field(default_factory=DataCursor)
+    monitors: dict[str, Any] = field(default_factory=dict)  # the monitors' own serialised windows
+    evaluations: dict[str, float] = field(default_factory=dict)  # held-out accuracy: "teacher", "before", "after"
+
+
+AlarmLevel = Literal["warn", "stop"]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A monitor's finding."""
+
+    monitor: str
+    level: AlarmLevel
+    value: float
+    threshold: float
+    message: str
+
+
+NamedTensors = Iterable[tuple[str, Tensor]]  # HF name, full (unsharded, unpadded) tensor
+
+
+class RolloutEngine(Protocol):
+    """Writes responses. Every method is collective: all ranks call it with the same arguments and get the same results."""
+
+    def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
+        """One rollout for each request, in the order of the requests."""
+        ...
+
+    def load_weights(self, weights: NamedTensors, version: int) -> None:
+        """Take new weights by HF name; later rollouts carry ``version``. A missing or unknown name is an OpdError."""
+        ...
+
+
+class Scorer(Protocol):
+    """A frozen model's opinion of the micro-batches. Both methods are collective over the ranks that share the model."""
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Owns the phase in which the weights must be in device memory."""
+        ...
+
+    def score(self, batches: Sequence[PackedBatch]) -> FrozenScores: ...
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that pure layers use."""
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+
+class MetricsSink(Protocol):
+    """Takes one flat record a step."""
+
+    def write(self, step: int, record: Mapping[str, float | int | None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+MicrobatchIterator = Iterator[PackedBatch]

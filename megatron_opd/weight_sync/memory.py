@@ -1,0 +1,20 @@
+"""Weights to an engine in the same process: the trainer's HF-named stream, consumed tensor by tensor."""
+
+from __future__ import annotations
+
+from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.trainer import Trainer
+from megatron_opd.types import RolloutEngine
+
+
+class MemorySync:
+    """Every rank holds a replica of the engine, so every rank consumes the whole stream."""
+
+    def __init__(self, trainer: Trainer, engine: RolloutEngine) -> None:
+        self.trainer, self.engine = trainer, engine
+
+    def push(self, version: int) -> None:
+        """The student's current weights become the engine's; its later rollouts carry ``version``. Raises OpdError."""
+        trainer = self.trainer
+        weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+        self.engine.load_weights(weights, version)

@@ -1,0 +1,167 @@
+"""Persistent worker processes for distributed tests: the imports of torch and Megatron are paid once a session."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# After the first failure the other ranks get this long to report theirs: the first to speak is often only the victim of
+# another rank's error ("connection closed by peer").
+GRACE_SECONDS = 1.0
+START_SECONDS = 300.0
+
+
+class WorkerError(RuntimeError):
+    """``fn`` raised on a rank or the rank's process died; the message holds the traceback of each rank that reported one."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    rank: int
+    world_size: int
+    rendezvous: str
+    timeout: float
+    call: bytes  # pickled (fn, args), unpickled inside the worker's try block
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+
+
+class WorkerPool:
+    """Runs module-level functions under a gloo process group, one spawned process for each rank.
+
+    Processes are started when first needed and kept; an error or a timeout kills all of them, so no test inherits the state of
+    a failed one. Arguments and results are copied (plain pickle, no shared memory and no file descriptors).
+    """
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+
+    def run(self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """``fn(*args)`` on ranks 0..world_size-1, each with a fresh default process group; returns the results by rank.
+
+        ``fn`` must be importable by name. ``timeout`` is in seconds and excludes the start of new workers. Raises WorkerError
+        with the failing ranks' tracebacks, or TimeoutError (the stacks of the ranks that hang are then on stderr).
+        """
+        call = pickle.dumps((fn, args))
+        try:
+            self._start(world_size)
+            with tempfile.TemporaryDirectory() as folder:
+                for rank, worker in enumerate(self._workers[:world_size]):
+                    job = _Job(rank, world_size, Path(folder, "rendezvous").as_uri(), timeout, call)
+                    worker.connection.send_bytes(pickle.dumps(job))
+                replies = self._collect(world_size, timeout)
+            return [pickle.loads(replies[rank]) for rank in range(world_size)]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill the workers with all that they started; a later ``run`` starts new ones."""
+        for worker in self._workers:
+            assert worker.process.pid is not None
+            with contextlib.suppress(ProcessLookupError):  # dead already, or not yet at the head of its group
+                os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+        self._workers = []
+
+    def _start(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads and locks
+        new = []
+        for rank in range(len(self._workers), world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), name=f"test-rank-{rank}")
+            process.start()
+            theirs.close()  # else the worker's death would not show as end of file
+            new.append(_Worker(process, ours))
+        self._workers += new
+        for worker in new:
+            if not worker.connection.poll(START_SECONDS):
+                raise TimeoutError(f"{worker.process.name} did not start within {START_SECONDS:g} s")
+            worker.connection.recv_bytes()
+
+    def _collect(self, world_size: int, timeout: float) -> dict[int, bytes]:
+        pending = {worker.connection: rank for rank, worker in enumerate(self._workers[:world_size])}
+        results: dict[int, bytes] = {}
+        failures: list[str] = []
+        deadline = time.monotonic() + timeout
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = pending.pop(connection)
+                try:
+                    succeeded, payload = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    process = self._workers[rank].process
+                    process.join()
+                    succeeded, payload = False, f"the process died with exit code {process.exitcode}"
+                if succeeded:
+                    results[rank] = payload
+                else:
+                    failures.append(f"rank {rank} of {world_size}: {payload}")
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failures:
+            raise WorkerError("\n".join(failures))
+        if pending:
+            raise TimeoutError(f"ranks {sorted(pending.values())} of {world_size} did not return within {timeout:g} s")
+        return results
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's life: jobs in, ``(succeeded, pickled result or traceback)`` out, until the pool goes away."""
+    os.setsid()  # heads a process group, so that what it starts (Megatron's checkpoint writers) can be killed with it
+    torch.set_num_threads(1)
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            job = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(0.9 * job.timeout)
+        try:
+            reply: tuple[bool, bytes | str] = (True, _execute(job))
+        except BaseException:  # pytest's own outcomes do not derive from Exception
+            reply = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+        connection.send_bytes(pickle.dumps(reply))
+
+
+def _execute(job: _Job) -> bytes:
+    torch.manual_seed(job.rank)  # whatever ran before in this process
+    dist.init_process_group(
+        "gloo", init_method=job.rendezvous, rank=job.rank, world_size=job.world_size, timeout=timedelta(seconds=job.timeout)
+    )
+    fn, args = pickle.loads(job.call)
+    result = pickle.dumps(fn(*args))
+    dist.barrier()  # a rank that closes its sockets early would break the others' last collective
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    dist.destroy_process_group()
+    return result
