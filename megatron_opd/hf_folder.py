@@ -1,4 +1,4 @@
-"""A model in Hugging Face form: config.json plus safetensors, sharded or not. Read tensor by tensor, written whole or not at all."""
+"""A model in Hugging Face form: config.json plus safetensors, sharded or not. Read by tensor, written whole or not at all."""
 
 from __future__ import annotations
 

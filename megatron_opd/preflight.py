@@ -102,7 +102,7 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
         "teacher": str(inputs.teacher.path) if inputs.teacher else "none",
         "reference": str(inputs.reference.path) if inputs.reference else "none",
-        "vocabulary": f"{inputs.loss_vocab_size} shared ids, padded to {inputs.student_spec.dims.padded_vocab_size} in the student",
+        "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
         "end tokens": f"student {list(inputs.stop_ids)}, teacher {list(inputs.teacher_stop_ids)}",
         "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
         "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
@@ -149,7 +149,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
     budget = config.packing.max_tokens_per_microbatch
     if longest > budget:
         raise OpdError(
-            f"packing.max_tokens_per_microbatch: {budget} is below the longest possible sequence of {longest} tokens; raise it, "
+            f"packing.max_tokens_per_microbatch: {budget} is below the longest possible sequence, {longest}; raise it, "
             "or lower rollout.sampling.max_new_tokens"
         )
     if config.data.prompts_per_step > len(prompts):

@@ -52,8 +52,10 @@ def train(config: Config, platform: Platform) -> None:
 
 def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> None:
     trainer, layout = system.trainer, system.trainer.layout
-    state = load_checkpoint(inputs.resume, trainer) if inputs.resume else TrainState()
-    system.monitors.load_state_dict(state.monitors)
+    state = TrainState()
+    if inputs.resume:
+        state = load_checkpoint(inputs.resume, trainer)
+        system.monitors.load_state_dict(state.monitors)
     if system.weight_sync:
         system.weight_sync.push(state.policy_version)
     if state.step == 0:
@@ -66,7 +68,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
         plan = system.mixture.assign(prompts, state.step)  # prompt → who writes its responses
         with clock.phase("rollout"):
             rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
-        alarms = system.monitors.observe(state.step, rollouts)
+        alarms = system.monitors.observe(state.step + 1, rollouts)
         batches = pack(
             rollouts,
             dp_size=layout.dp_size,
@@ -113,8 +115,8 @@ def _stop_if_needed(config: Config, state: TrainState, alarms: Sequence[Alarm], 
     folder = Path(config.run.dir) / "checkpoints"
     if state.consecutive_skips >= config.run.max_skipped_steps:
         raise RunStopped(
-            f"step {state.step}: {state.consecutive_skips} steps in a row had a non-finite loss or gradient; the checkpoints in "
-            f"{folder} are intact; lower optimizer.lr, or look at the last samples"
+            f"step {state.step}: {state.consecutive_skips} steps in a row had a non-finite loss or gradient; the checkpoints "
+            f"in {folder} are intact; lower optimizer.lr, or look at the last samples"
         )
     stops = [alarm for alarm in alarms if alarm.level == "stop"]
     if stops:

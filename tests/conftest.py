@@ -49,10 +49,6 @@ def table(pytestconfig: pytest.Config) -> Table:
     return pytestconfig.stash[_TABLE]
 
 
-def pytest_report_header() -> str:
-    return f"torch {version('torch')}, megatron-core {version('megatron-core')}"
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool()

@@ -56,7 +56,7 @@ def pack(
     filler_tokens = _round_up(_FILLER_TOKENS, pad_to_multiple)
     if capacity < filler_tokens:
         raise OpdError(
-            f"packing.max_tokens_per_microbatch: {max_tokens}, but a micro-batch needs at least {filler_tokens} tokens; raise it"
+            f"packing.max_tokens_per_microbatch: {max_tokens}, but each micro-batch needs {filler_tokens} tokens; raise it"
         )
     sequences = sorted(_weigh(rollouts, aggregation), key=lambda sequence: -sequence.length)
     if sequences and sequences[0].length > capacity:

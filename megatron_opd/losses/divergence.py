@@ -1,9 +1,9 @@
 """Per-token loss terms and their gradients with respect to the student's local logits, from one pass over the vocabulary.
 
 Notation: p, q are the student's and a frozen model's softmax(logits / temperature); s, t those scaled logits minus their row
-maximum; Z_p, Z_q the sums of their exponentials over the whole vocabulary; c tokens, ``size`` local vocabulary rows. A chunk costs
-one MAX and one packed SUM over the shard's group, generalised JSD one SUM more. Gradients are written out, never left to autograd:
-autograd through a plain all-reduce of Z_p gives the exact loss and a wrong gradient.
+maximum; Z_p, Z_q the sums of their exponentials over the whole vocabulary; c tokens, ``size`` local vocabulary rows. A chunk
+costs one MAX and one packed SUM over the shard's group, generalised JSD one SUM more. Gradients are written out, never left to
+autograd: autograd through a plain all-reduce of Z_p gives the exact loss and a wrong gradient.
 
 All tensors are fp32 or fp64. What takes logits or a :class:`LocalSoftmax` may overwrite them: at V = 152k memory traffic is the
 price of everything here.
@@ -23,7 +23,7 @@ from megatron_opd.types import OpdKind
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
-# exp(80) is finite in fp32, and a token that is e^80 times likelier under the teacher adds less than 1e-33 to the student's side.
+# exp(80) is finite in fp32; a token that is e^80 times likelier under the teacher adds less than 1e-33 to the student's side.
 _LARGEST_LOG_RATIO = 80.0
 
 
@@ -145,15 +145,17 @@ def make_divergence(kind: OpdKind, beta: float) -> Divergence:
         raise ValueError(f"kind: {kind!r} is not a divergence over the vocabulary; choose one of {', '.join(DIVERGENCES)}")
     if not 0 < beta < 1:
         # Divided by its vanishing factor, JSD tends to these at the ends.
-        end = {0: "; use kind='forward_kl'", 1: "; use kind='reverse_kl'"}.get(beta, "")
-        raise ValueError(f"beta: {beta}, but kind 'jsd' needs 0 < beta < 1{end}")
+        meant = "kind='forward_kl'" if beta == 0 else "kind='reverse_kl'" if beta == 1 else "beta=0.5"
+        raise ValueError(f"beta: {beta}, but kind 'jsd' needs 0 < beta < 1; use {meant}")
     return JensenShannon(beta)
 
 
 def check_temperature(temperature: float) -> float:
     """Raises ValueError unless it is finite and above 0."""
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: {temperature}, but every distribution is softmax(logits / temperature); give one above 0")
+        raise ValueError(
+            f"temperature: {temperature}, but the distributions are softmax(logits / temperature); give one above 0"
+        )
     return temperature
 
 

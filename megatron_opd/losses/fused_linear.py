@@ -1,8 +1,8 @@
 """The loss from hidden states and LM-head shards, chunk by chunk over tokens, its gradient formed inside the forward.
 
-The loss is a weighted sum over tokens, so the gradient of a chunk is final as soon as the chunk's logits are there: no [T, V/tp]
-tensor of the whole micro-batch ever lives, and nothing is recomputed. One matrix product for each head and two for the student's
-gradients, which is the floor.
+The loss is a weighted sum over tokens, so the gradient of a chunk is final as soon as the chunk's logits are there: no
+[T, V/tp] tensor of the whole micro-batch ever lives, and nothing is recomputed. One matrix product for each head and two for
+the student's gradients, which is the floor.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ class LinearLoss:
     chunk_tokens: int | None  # None: from a byte budget
 
     def __call__(self, student: Head) -> tuple[Tensor, RolloutValues, Tensor]:
-        """The loss (scalar, replicated over the group), the rollout rows' values (each [R]), the label rows' log p(label) [L].
+        """The loss (scalar), the rollout rows' values (each [R]) and the label rows' log p(label) [L], equal on all ranks.
 
-        The student's hidden states and LM head get the gradient of the loss; the values carry none. The hidden states' gradient is
-        complete on every rank of the shard's group, the head's is the local shard's and exactly 0 on padding rows.
+        Only the loss carries a gradient. The hidden states' is complete on every rank of the shard's group, the LM head's is
+        the local shard's and exactly 0 on padding rows.
         """
         loss, rollout_values, label_log_probs = _LinearLossFunction.apply(*student, self)
         return loss, RolloutValues(*rollout_values), label_log_probs
 
     def chunks(self, rows: int, models: int, student: Head) -> Iterator[slice]:
-        """Slices of 0 .. rows - 1, equally many on all ranks of the group: they depend on V/tp, not on the shard's true rows."""
+        """Slices of 0 .. rows - 1, the same on all ranks of the group: they depend on V/tp, not on the shard's true rows."""
         token_bytes = models * student.weight.shape[0] * statistics_dtype(student.weight.dtype).itemsize
         size = self.chunk_tokens or max(1, CHUNK_BYTES // token_bytes)
         return (slice(start, start + size) for start in range(0, rows, size))
@@ -190,9 +190,9 @@ def fused_linear_divergence(
 ) -> Tensor:
     """Sum over tokens of token_weight x (divergence + reference_coef x KL(student || reference)), in nats.
 
-    A scalar, replicated over ``group``; differentiable in ``hidden`` and ``weight`` alone. ``hidden.grad`` is complete on every rank
-    (reduced once, in the forward), ``weight.grad`` is the local shard's. The backward has no collective; it wants the same incoming
-    gradient on all ranks.
+    A scalar, replicated over ``group``; differentiable in ``hidden`` and ``weight`` alone. ``hidden.grad`` is complete on every
+    rank (reduced once, in the forward), ``weight.grad`` is the local shard's. The backward has no collective; it wants the same
+    incoming gradient on all ranks.
 
     Args:
         hidden: [T, H] final-norm hidden states, bf16, fp32 or fp64; logits of bf16 are up-cast to fp32 chunk by chunk.
@@ -248,10 +248,11 @@ def check_student(hidden_name: str, hidden: Tensor, weight_name: str, weight: Te
 def check_frozen(hidden_name: str, hidden: Tensor | None, weight_name: str, weight: Tensor | None, student: Head) -> Head:
     """Raises ValueError unless both are there and fit each other and the student in tokens and vocabulary rows."""
     if hidden is None or weight is None:
-        raise ValueError(f"{hidden_name if hidden is None else weight_name}: None, but the loss needs it; give both of the pair")
+        missing = hidden_name if hidden is None else weight_name
+        raise ValueError(f"{missing}: None, but the loss needs it; give {hidden_name} and {weight_name}")
     head = check_student(hidden_name, hidden.detach(), weight_name, weight.detach())
     if len(hidden) != len(student.hidden):
-        raise ValueError(f"{hidden_name}: {len(hidden)} tokens, but the student has {len(student.hidden)}; score the same batch")
+        raise ValueError(f"{hidden_name}: {len(hidden)} tokens, but the student has {len(student.hidden)}; give the same ones")
     if len(weight) != len(student.weight):
         raise ValueError(
             f"{weight_name}: {len(weight)} vocabulary rows, but the student's head has {len(student.weight)}; reshard it alike"

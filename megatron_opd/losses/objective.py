@@ -1,4 +1,4 @@
-"""StableOPD's objective on one micro-batch: OPD term, reference term and cross-entropy terms, each with its own token weights."""
+"""StableOPD's objective on one micro-batch: OPD, reference and cross-entropy terms, each with its own token weights."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def distillation_loss(
     group: ProcessGroup | None,
     chunk_tokens: int | None = None,
 ) -> LossOutput:
-    """L = w_s sum rw OPD + beta_KL sum rw KL(student || reference) + lambda_t sum tw CE + lambda_gold sum gw CE (arXiv 2604.08527).
+    """L = w_s sum rw OPD + beta_KL sum rw KL(student || reference) + lambda_t sum tw CE + lambda_gold sum gw CE.
 
-    rw, tw, gw are the batch's weight streams, every distribution is softmax(logits / objective.temperature), all in nats. The OPD
-    term is the clipped surrogate on the sampled token, or a divergence over the full vocabulary. Positions without weight cost
-    nothing; the teacher's and the reference's logits are formed on rollout positions alone. A frozen model whose coefficient is 0
-    is not used, its term is 0.
+    From StableOPD (arXiv 2604.08527). rw, tw, gw are the batch's weight streams; every distribution is
+    softmax(logits / objective.temperature); all in nats. The OPD term is the clipped surrogate on the sampled token, or a
+    divergence over the full vocabulary. Positions without weight cost nothing; the teacher's and the reference's logits are formed
+    on rollout positions alone. A frozen model whose coefficient is 0 is not used, and its term is 0.
 
     Args:
         hidden: [T, H] final-norm hidden states of the student, whole on every rank of ``group``. Their gradient is complete on
@@ -52,8 +52,8 @@ def distillation_loss(
         group: the tensor-parallel group; None: this rank holds the whole vocabulary.
         chunk_tokens: tokens whose logits are formed at once. None: from a budget of 64 MiB of logits.
 
-    Returns scalars and [T] log-probabilities (0 on positions without weight), equal on all ranks of ``group``; only ``loss`` carries
-    a gradient. Raises ValueError for arguments that do not fit.
+    Returns scalars and [T] log-probabilities (0 on positions without weight), equal on all ranks of ``group``; only ``loss``
+    carries a gradient. Raises ValueError for arguments that do not fit.
     """
     student = check_student("hidden", hidden, "lm_head", lm_head)
     if batch.num_tokens != len(hidden):
@@ -118,4 +118,6 @@ def _opd_term(objective: Objective) -> OpdTerm:
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
     wrong = labels[(labels < 0) | (labels >= vocab_size)]
     if len(wrong):
-        raise ValueError(f"batch.labels: {int(wrong[0])}, but the vocabulary has {vocab_size} tokens; use the student's tokenizer")
+        raise ValueError(
+            f"batch.labels: {int(wrong[0])} is not among the vocabulary's {vocab_size} ids; use the student's tokenizer"
+        )

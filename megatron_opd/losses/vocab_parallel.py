@@ -44,8 +44,8 @@ def vocab_parallel_divergence(
         beta: of "jsd", 0 < beta < 1.
         temperature: every distribution is softmax(logits / temperature).
         vocab_size: the true global vocabulary; logits beyond it are ignored and get gradient 0. None: no padding.
-        group: over which the vocabulary is sharded: one MAX and one SUM, for "jsd" two, none in the backward. The incoming gradient
-            must be equal on its ranks. None: this rank holds all.
+        group: over which the vocabulary is sharded: one MAX and one SUM, for "jsd" two, none in the backward. The incoming
+            gradient must be equal on its ranks. None: this rank holds all.
 
     Raises ValueError for arguments that do not fit.
     """

@@ -1,4 +1,4 @@
-"""Portable modules for Megatron's local layer spec, which alone supports neither packed sequences nor sequence-parallel norms."""
+"""Portable modules for Megatron's local layer spec, which lacks packed sequences and sequence-parallel norms."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int, keep: int) -> Path:
-    """Write the state after ``state.step`` steps and delete all but the newest ``keep`` checkpoints. Collective over all ranks."""
+    """Write the state after ``state.step`` steps; keep the newest ``keep`` checkpoints. Collective over all ranks."""
     target = folder / f"step_{state.step:08d}"
     partial = folder / f".{target.name}.partial"
     if dist.get_rank() == 0:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -57,7 +58,7 @@ def _stub_triton_only_module() -> None:
 
 
 def _cuda_device_queries() -> None:
-    """``device=torch.cuda.current_device()`` stands in some 200 places; synchronisation and memory queries have no CPU meaning."""
+    """``device=torch.cuda.current_device()`` stands in some 200 places; synchronisation has no CPU meaning."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
@@ -138,7 +139,7 @@ def _cuda_device_literals() -> None:
     """Factories are called with ``device="cuda"`` and ``pin_memory=True``."""
     # ``with torch.device(...)`` recognises the factories by a set that it makes once: it must hold the originals, which the
     # wrappers call. Otherwise transformers' loading on the meta device leaves buffers unset, without a word.
-    torch.utils._device._device_constructors()
+    _device_constructors()
 
     def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         def create(*args: Any, **kwargs: Any) -> Any:
@@ -273,7 +274,7 @@ def _fused_adam() -> None:
 
 
 def _fork_checkpoint_queue() -> None:
-    """The checkpoint writer starts its results queue by spawn, which imports torch and the main module again: seconds a save."""
+    """The checkpoint writer starts its results queue by spawn, which imports torch and the main module again."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     created: list[queue.Queue[Any]] = []

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Self, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.text import Text
 
 _PLAIN_LINES = 20  # about how many a run prints where there is no bar
+_SPEED_WINDOW = 3600.0  # seconds of steps behind the time left; steps may take minutes
 
 # metric name → (heading, format)
 _SHOWN = {
@@ -33,26 +36,30 @@ class TrainingConsole:
         self._stream = stream
         self._line_every = max(1, (total_steps - start_step) // _PLAIN_LINES)
         self._started = time.monotonic()
-        self._bar: Progress | None = None
-        if stream.isatty():
-            columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
-            self._bar = Progress(*columns, console=Console(file=stream))
+        self._live: Live | None = None
+        console = Console(file=stream)
+        if stream.isatty() and not console.is_dumb_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, speed_estimate_period=_SPEED_WINDOW)
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+            self._numbers = Text(no_wrap=True, overflow="ellipsis")
+            self._live = Live(Group(self._bar, self._numbers), console=console)
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
     def update(self, steps_done: int, record: Mapping[str, float | int | None]) -> None:
         """``steps_done`` counts from the run's beginning; ``record`` is the step's, by the names of metrics.jsonl."""
         numbers = format_numbers(record)
-        if self._bar:
-            self._bar.update(self._task, completed=steps_done, description=numbers)
+        if self._live:
+            self._bar.update(self._task, completed=steps_done)
+            self._numbers.plain = numbers
         elif steps_done % self._line_every == 0 or steps_done in (self._start + 1, self._total):
             seconds = (time.monotonic() - self._started) / max(1, steps_done - self._start) * (self._total - steps_done)
             left = timedelta(seconds=round(seconds))
@@ -60,8 +67,8 @@ class TrainingConsole:
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
 

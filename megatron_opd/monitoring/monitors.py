@@ -34,7 +34,7 @@ class Monitors:
             finding = f"{truncation:.0%} of the responses ran out of their {self._max_new_tokens} tokens"
             alarms.append(_alarm("truncation", config.truncation, truncation, step, finding))
         if repetition is not None:
-            finding = f"{repetition:.0%} of the long responses repeat themselves in their last {config.repetition_tail_chars} characters"
+            finding = f"{repetition:.0%} of the long responses repeat in their last {config.repetition_tail_chars} characters"
             alarms.append(_alarm("repetition", config.repetition, repetition, step, finding))
         if growth is not None:
             finding = f"responses are {growth:.2f} times as long as in the first {_BASELINE_STEPS} steps"

@@ -13,8 +13,8 @@ def write_samples(
 ) -> Path:
     """Write all responses to the first ``count`` prompts to ``run_dir/samples/step_000010.txt``; returns the file.
 
-    ``correct[i]`` says whether ``rollouts[i]`` is right (None: not known). The text stands as it is, nothing is escaped but what
-    UTF-8 cannot hold.
+    ``correct[i]`` says whether ``rollouts[i]`` is right (None: not known). The text stands as it is; only what
+    UTF-8 cannot hold is escaped.
     """
     flags = correct if correct is not None else [None] * len(rollouts)
     of_prompt: dict[str, list[tuple[Rollout, bool | None]]] = {}

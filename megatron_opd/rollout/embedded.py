@@ -133,11 +133,20 @@ class EmbeddedEngine:
 def _pretrained(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM  # transformers' annotation leaves out output_loading_info
     try:
-        model, info = loader.from_pretrained(folder, dtype=dtype, attn_implementation=GROUPED_SDPA, output_loading_info=True)
+        model, info = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=GROUPED_SDPA,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise OpdError(f"{folder}: not a model that transformers can load ({_one_line(error)}); give an HF folder") from error
-    if info["missing_keys"]:  # transformers would go on with random numbers
-        raise OpdError(f"{folder}: no weight {min(info['missing_keys'])!r} in its safetensors; give a complete HF folder")
+    # transformers would go on with random numbers in either case.
+    for name in sorted(info["missing_keys"]):
+        raise OpdError(f"{folder}: no weight {name!r} in its safetensors; give a complete HF folder")
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise OpdError(f"{folder}: {name} is {list(found)}, but config.json makes it {list(expected)}; give matching files")
     return _checked(model, folder)
 
 

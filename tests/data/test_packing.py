@@ -183,7 +183,7 @@ def test_a_sequence_beyond_the_micro_batch_is_refused_padding_included() -> None
     message = r"packing.max_tokens_per_microbatch: 7, but prompt 'long' .* 7 tokens; set it to 8 or more"
     with pytest.raises(OpdError, match=message):
         pack([rollout], dp_size=1, max_tokens=7, aggregation="token", pad_to_multiple=2)
-    with pytest.raises(OpdError, match="max_tokens_per_microbatch: 3, but a micro-batch needs at least 4"):
+    with pytest.raises(OpdError, match="max_tokens_per_microbatch: 3, but each micro-batch needs 4"):
         pack([], dp_size=1, max_tokens=3, aggregation="token", pad_to_multiple=4)
 
 

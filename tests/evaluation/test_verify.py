@@ -30,7 +30,7 @@ from megatron_opd.evaluation import extract_answer, is_correct
         ("the answer is\n8", "8"),
         ("the answer is $9$, clearly", "9"),
         ("the answer is 5%", "5"),
-        (r"\boxed{\boxed{6}} and {a}", "6"),
+        (r"{ \boxed{f{6}} and {a}", "f{6}"),
         ("7-12=-5", "-5"),
         ("so 12-5", "5"),
         ("3 + 4 = 7.", "7"),
@@ -132,7 +132,24 @@ def test_no_text_crashes_it(text: str) -> None:
 
 def test_runaway_responses_are_quick() -> None:
     start = time.monotonic()
-    pieces = ("1", "1,", "111,", "\\boxed{", "{", "}", "answer is ", "answer is\n", "-", "1/", ".", " ", "\n", "\\text{", "####", "a")
+    pieces = (
+        "1",
+        "1,",
+        "111,",
+        "\\boxed{",
+        "{",
+        "}",
+        "answer is ",
+        "answer is\n",
+        "-",
+        "1/",
+        ".",
+        " ",
+        "\n",
+        "\\text{",
+        "####",
+        "a",
+    )
     for before in ("", "answer is ", "the answer is 5"):
         for piece in pieces:
             is_correct(before + piece * (50_000 // len(piece)), "5")

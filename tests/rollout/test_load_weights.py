@@ -122,12 +122,16 @@ def test_damaged_safetensors_are_one_line(tmp_path: Path) -> None:
     weights = load_file(file)
     weights["model.norm.weight"] = torch.ones(31)
     save_file(weights, tmp_path / "other.safetensors", metadata={"format": "pt"})
-    for damaged in (intact[:-100], b"", (tmp_path / "other.safetensors").read_bytes()):
+    cases = {
+        "not a model": intact[:-100],
+        "header": b"",
+        r"model.norm.weight is \[31\], but config.json makes it \[32\]": (tmp_path / "other.safetensors").read_bytes(),
+    }
+    for message, damaged in cases.items():
         file.write_bytes(damaged)
-        with pytest.raises(OpdError) as error:
+        with pytest.raises(OpdError, match=message) as error:
             _engine(tmp_path, load=True)
         assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
-        print(error.value)
 
 
 @pytest.mark.parametrize("load", [False, True])

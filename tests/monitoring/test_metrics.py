@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_opd.monitoring import JsonlSink, TensorBoardSink, WandbSink, open_sinks
+from megatron_opd.types import OpdError
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=no_constant) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_steps(file: Path, resume_step: int, steps: range, tag: int = 0) -> None:
+    sink = JsonlSink(file, resume_step)
+    for step in steps:
+        sink.write(step, {"loss": step / 2, "tag": tag})
+    sink.close()
+
+
+def test_each_line_is_one_step_and_on_disk_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonlSink(file, 0)
+    sink.write(0, {"loss": 0.5, "rollout/accuracy": None, "tokens": 7})
+    assert read(file) == [{"step": 0, "loss": 0.5, "rollout/accuracy": None, "tokens": 7}]
+    assert file.read_text().startswith('{"step": 0, ')
+    sink.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_lacks_become_null(tmp_path: Path, value: float) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
+    sink.write(3, {"loss": value})
+    sink.close()
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": None}]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 6, "loss": 0.', b'{"step": 2, "loss": 1.0}', b"\xff", b"[]\n", b"null\n"])
+def test_a_resumed_run_has_each_step_once(tmp_path: Path, torn: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    write_steps(file, 0, range(6), tag=1)
+    with file.open("ab") as stream:
+        stream.write(torn)
+    write_steps(file, 3, range(3, 8), tag=2)
+    assert [(line["step"], line["tag"]) for line in read(file)] == [(0, 1), (1, 1), (2, 1), *[(s, 2) for s in range(3, 8)]]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_from_the_beginning_starts_an_empty_file(tmp_path: Path) -> None:
+    write_steps(tmp_path / "metrics.jsonl", 0, range(4))
+    write_steps(tmp_path / "metrics.jsonl", 0, range(1))
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OpdError, match=r"metrics file .*metrics\.jsonl: cannot be written"):
+        JsonlSink(tmp_path / "file" / "metrics.jsonl", 0)
+
+
+def test_tensorboard_holds_the_scalars_of_a_resumed_run_once(tmp_path: Path) -> None:
+    accumulator_module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for resume_step, steps, offset in ((0, range(4), 0.0), (2, range(2, 5), 10.0)):
+        sink = TensorBoardSink(tmp_path, resume_step)
+        for step in steps:
+            sink.write(step, {"loss": step + offset, "rollout/accuracy": None})
+        sink.close()
+    accumulator = accumulator_module.EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert accumulator.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in accumulator.Scalars("loss")] == [(0, 0), (1, 1), (2, 12), (3, 13), (4, 14)]
+
+
+def test_wandb_takes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sink = WandbSink(tmp_path / "run", "name", {"run": {"seed": 1}})
+    sink.write(0, {"loss": 1.0, "rollout/accuracy": None})
+    sink.close()
+    assert list((tmp_path / "run").rglob("*.wandb"))
+
+
+def test_sinks_open_by_name_in_the_run_folder(tmp_path: Path) -> None:
+    sinks = open_sinks(["tensorboard", "jsonl"], tmp_path, "name", {}, resume_step=0)
+    for sink in sinks:
+        sink.write(0, {"loss": 1.0})
+        sink.close()
+    assert [type(sink) for sink in sinks] == [TensorBoardSink, JsonlSink]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(OpdError, match=f"metrics: {name} is not installed; pip install"):
+        open_sinks([name], tmp_path, "name", {}, resume_step=0)
+
+
+def test_an_unknown_sink_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OpdError, match="unknown sink 'csv'"):
+        open_sinks(["csv"], tmp_path, "name", {}, resume_step=0)
