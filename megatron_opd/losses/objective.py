@@ -38,7 +38,7 @@ def distillation_loss(
 
     From StableOPD (arXiv 2604.08527). rw, tw, gw are the batch's weight streams; every distribution is
     softmax(logits / objective.temperature); all in nats. The OPD term is the clipped surrogate on the sampled token, or a
-    divergence over the full vocabulary. Positions without weight cost nothing; the teacher's and the reference's logits are formed
+    divergence over the full vocabulary. Positions without weight cost nothing; the frozen models' logits are formed
     on rollout positions alone. A frozen model whose coefficient is 0 is not used, and its term is 0.
 
     Args:

@@ -1,0 +1,200 @@
+"""Inputs in which an error cannot hide, and functions that run the losses on one rank's shard of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.losses import distillation_loss, fused_linear_divergence, vocab_parallel_divergence
+from megatron_opd.types import LossOutput, Objective, OpdKind, PackedBatch
+from tests.losses import oracle
+
+PADDED_VOCAB = 24  # rows of every LM head: 12 a rank at TP2, 6 at TP4
+VOCABS = (24, 21, 11)  # no padding, padding on the last rank, ranks that hold nothing but padding
+KINDS: tuple[OpdKind, ...] = ("reverse_kl", "forward_kl", "jsd")
+OBJECTIVE = Objective(
+    opd="sampled",
+    clip=0.2,
+    beta=0.3,
+    temperature=0.7,
+    student_weight=0.9,
+    teacher_weight=0.6,
+    gold_weight=0.25,
+    reference_kl=0.4,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Three models of different widths over one packed batch; padding rows of the LM heads are NaN, so that any use shows."""
+
+    hidden: Tensor  # [T, H]
+    head: Tensor  # [PADDED_VOCAB, H]
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    reference_hidden: Tensor
+    reference_head: Tensor
+    batch: PackedBatch
+    vocab_size: int
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        models = (each.to(dtype) for each in (self.hidden, self.head, self.teacher_hidden, self.teacher_head))
+        return Problem(*models, self.reference_hidden.to(dtype), self.reference_head.to(dtype), self.batch, self.vocab_size)
+
+
+class Result(NamedTuple):
+    output: dict[str, Tensor]  # LossOutput's fields, or {"value": ...}
+    hidden_grad: Tensor  # [T, H]
+    head_grad: Tensor  # this rank's rows, or all of them
+
+
+def make_problem(vocab_size: int, seed: int = 0) -> Problem:
+    """fp64 tensors with bf16 values, so that every dtype sees the same numbers. Two student rollouts, a gold solution, a
+    teacher-written response and a padding sequence, each of another length; random token weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().double()
+
+    prompts, responses = (3, 2, 4, 1, 3), (5, 9, 6, 4, 0)
+    streams = ("rollout", "rollout", "gold", "teacher", "none")
+    weights = {name: torch.zeros(sum(prompts) + sum(responses)) for name in streams}
+    start = 0
+    for prompt, response, name in zip(prompts, responses, streams, strict=True):
+        end = start + prompt + response
+        weights[name][start + prompt : end] = torch.rand(response, generator=generator) / 8 + 0.01
+        start = end
+    total = start
+
+    def head(width: int) -> Tensor:
+        rows = normal(PADDED_VOCAB, width)
+        rows[vocab_size:] = torch.nan
+        return rows
+
+    hidden, student_head = normal(total, 8), head(8)
+    labels = torch.randint(vocab_size, (total,), generator=generator)
+    labels[sum(weights.values()) == 0] = 0
+    log_probs = oracle.log_softmax(hidden @ student_head[:vocab_size].T, OBJECTIVE.temperature).gather(1, labels[:, None])
+    noise = torch.randn(total, generator=generator) / 3  # a stale policy: many ratios leave 0.8 .. 1.2
+    batch = PackedBatch(
+        tokens=torch.zeros(total, dtype=torch.int64),
+        position_ids=torch.cat([torch.arange(p + r) for p, r in zip(prompts, responses, strict=True)]),
+        labels=labels,
+        cu_seqlens=torch.tensor([0, *(p + r for p, r in zip(prompts, responses, strict=True))]).cumsum(0).int(),
+        max_seqlen=max(p + r for p, r in zip(prompts, responses, strict=True)),
+        old_log_probs=(log_probs.squeeze(1).float() + noise).where(weights["rollout"] > 0, 0.0),
+        rollout_weights=weights["rollout"],
+        teacher_weights=weights["teacher"],
+        gold_weights=weights["gold"],
+    )
+    return Problem(hidden, student_head, normal(total, 12), head(12), normal(total, 6), head(6), batch, vocab_size)
+
+
+def dense_objective(problem: Problem, objective: Objective) -> tuple[oracle.Terms, Result]:
+    """The oracle's terms and gradients, in the problem's own dtype."""
+    hidden, head = problem.hidden.clone().requires_grad_(), problem.head.clone().requires_grad_()
+    terms = oracle.distillation(
+        (hidden, head),
+        (problem.teacher_hidden, problem.teacher_head),
+        (problem.reference_hidden, problem.reference_head),
+        problem.batch,
+        objective,
+        problem.vocab_size,
+    )
+    terms.loss.backward()
+    assert hidden.grad is not None and head.grad is not None
+    return terms, Result({k: v.detach() for k, v in vars(terms).items()}, hidden.grad, head.grad)
+
+
+def sharded_objective(problem: Problem, objective: Objective, chunk_tokens: int | None) -> Result:
+    """:func:`distillation_loss` on this rank's rows; without a process group on all of them."""
+    hidden, head = problem.hidden.clone().requires_grad_(), _rows(problem.head).requires_grad_()
+    output = distillation_loss(
+        hidden,
+        head,
+        problem.batch,
+        objective,
+        teacher_hidden=problem.teacher_hidden,
+        teacher_head=_rows(problem.teacher_head),
+        reference_hidden=problem.reference_hidden,
+        reference_head=_rows(problem.reference_head),
+        vocab_size=problem.vocab_size,
+        group=_group(),
+        chunk_tokens=chunk_tokens,
+    )
+    output.loss.backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None and head.grad is not None
+    return Result(_detached(output), hidden.grad, head.grad)
+
+
+def sharded_fused(problem: Problem, kind: OpdKind, reference_coef: float, chunk_tokens: int | None) -> Result:
+    """:func:`fused_linear_divergence` with the rollouts' weights on this rank's rows, its result times 3."""
+    hidden, head = problem.hidden.clone().requires_grad_(), _rows(problem.head).requires_grad_()
+    value = fused_linear_divergence(
+        hidden,
+        head,
+        problem.teacher_hidden,
+        _rows(problem.teacher_head),
+        problem.batch.rollout_weights,
+        kind=kind,
+        beta=OBJECTIVE.beta,
+        temperature=OBJECTIVE.temperature,
+        reference_hidden=problem.reference_hidden,
+        reference_weight=_rows(problem.reference_head),
+        reference_coef=reference_coef,
+        vocab_size=problem.vocab_size,
+        group=_group(),
+        chunk_tokens=chunk_tokens,
+    )
+    (3 * value).backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None and head.grad is not None
+    return Result({"value": value.detach()}, hidden.grad, head.grad)
+
+
+def sharded_divergence(
+    student: Tensor, teacher: Tensor, weights: Tensor, kind: OpdKind, beta: float, temperature: float, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`vocab_parallel_divergence` on this rank's columns of [T, V]: the values [T], and the gradient of their weighted sum."""
+    logits = _rows(student.T).T.contiguous().requires_grad_()
+    values = vocab_parallel_divergence(
+        logits,
+        _rows(teacher.T).T,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        group=_group(),
+    )
+    (values * weights).sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    return values.detach(), logits.grad
+
+
+def gather(results: list[Result]) -> Result:
+    """The ranks' results as one: replicated parts must be bitwise equal, head rows are joined."""
+    first = results[0]
+    for other in results[1:]:
+        torch.testing.assert_close(other.output, first.output, rtol=0, atol=0)
+        torch.testing.assert_close(other.hidden_grad, first.hidden_grad, rtol=0, atol=0)
+    return Result(first.output, first.hidden_grad, torch.cat([result.head_grad for result in results]))
+
+
+def _rows(whole: Tensor) -> Tensor:
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    return whole.chunk(ranks)[rank].clone()
+
+
+def _group() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _detached(output: LossOutput) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in vars(output).items() if value is not None}
+
+
+def with_objective(**changes: Any) -> Objective:
+    return replace(OBJECTIVE, **changes)

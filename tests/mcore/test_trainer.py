@@ -1,0 +1,143 @@
+"""The training step against a dense oracle on transformers, and the same step in every layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.types import Source
+from tests.conftest import Table
+from tests.mcore.training import STABLE_OPD, Case, gradients, make_rollouts, train_steps
+from tests.tiny_models import make_model
+from tests.worker_pool import WorkerPool
+
+LAYOUTS = {
+    "tp2": ParallelConfig(tp=2),
+    "tp2 sp": ParallelConfig(tp=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pp=2),
+    "dp2": ParallelConfig(dp=2),
+    "tp2 x pp2": ParallelConfig(tp=2, pp=2),
+    "tp2 x dp2": ParallelConfig(tp=2, dp=2),
+    "pp2 x dp2": ParallelConfig(pp=2, dp=2),
+}
+OTHER_SPLITS = {
+    "tp1, micro-batches of 64 tokens": Case(max_tokens=64),
+    "tp1, other packing order": Case(max_tokens=64, shuffle=3),
+    "tp1, no distributed optimizer": Case(distributed=False),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A student and a teacher of another width and depth; 101 ids, padded to 112 at tp1 and to 128 at tp2."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "student", "qwen3", tied=True, layers=2, seed=1)
+    make_model(folder / "teacher", "llama", layers=4, hidden=64, seed=2)
+    return str(folder / "student"), str(folder / "teacher")
+
+
+def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Loss terms and gradients in fp64 by autograd over full logits, one sequence at a time; nothing of the losses package."""
+    policy = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    rollouts = make_rollouts(0, policy.config.vocab_size)
+    objective, counts = case.objective, {source: 0 for source in Source}
+    for rollout in rollouts:
+        counts[rollout.source] += len(rollout.response_ids) if case.aggregation == "token" else 1
+    sums = dict.fromkeys(("opd", "reference_kl", "teacher_sft", "gold_sft"), torch.zeros((), dtype=torch.float64))
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        start, response = len(rollout.prompt.token_ids) - 1, torch.tensor(rollout.response_ids)
+        log_p = F.log_softmax(policy(ids).logits[0, start:-1] / objective.temperature, dim=-1)  # [R, V]
+        chosen = log_p.gather(1, response[:, None]).squeeze(1)
+        weight = 1.0 / counts[rollout.source] / (1 if case.aggregation == "token" else len(response))
+        if rollout.source is Source.STUDENT:
+            with torch.no_grad():
+                log_q = F.log_softmax(frozen(ids).logits[0, start:-1] / objective.temperature, dim=-1)
+            old = torch.tensor(rollout.log_probs, dtype=torch.float64)
+            if objective.opd == "sampled":
+                advantage = log_q.gather(1, response[:, None]).squeeze(1) - old
+                ratio = (chosen - old).exp()
+                clipped = ratio.clamp(1 - objective.clip, 1 + objective.clip)
+                opd = -torch.minimum(ratio * advantage, clipped * advantage)
+            else:
+                opd = (log_q.exp() * (log_q - log_p)).sum(-1)  # forward KL
+            terms = {"opd": opd, "reference_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
+        else:
+            terms = {f"{rollout.source}_sft": -chosen}
+        for name, values in terms.items():
+            sums[name] = sums[name] + weight * values.sum()
+    loss = (
+        objective.student_weight * sums["opd"]
+        + objective.reference_kl * sums["reference_kl"]
+        + objective.teacher_weight * sums["teacher_sft"]
+        + objective.gold_weight * sums["gold_sft"]
+    )
+    loss.backward()
+    grads = {name: p.grad for name, p in policy.named_parameters()}
+    return {name: value.item() for name, value in {**sums, "loss": loss}.items()}, grads
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(max_tokens=64),
+        Case(parallel=ParallelConfig(tp=2), max_tokens=64),
+        Case(parallel=ParallelConfig(pp=2), max_tokens=64, aggregation="response"),
+        Case(parallel=ParallelConfig(tp=2), objective=replace(STABLE_OPD, opd="forward_kl")),
+    ],
+    ids=["tp1", "tp2", "pp2, response aggregation", "tp2, forward KL"],
+)
+def test_step_matches_the_dense_oracle(pool: WorkerPool, models: tuple[str, str], case: Case) -> None:
+    """Here the reference is the teacher, so that its KL is far from 0."""
+    expected, expected_gradients = oracle(*models, case)
+    for stats, actual in pool.run(case.world_size, gradients, *models, case):
+        for name, value in expected.items():
+            assert math.isclose(vars(stats)[name], value, rel_tol=1e-5), name
+        for name, gradient in actual.items():
+            assert (gradient - expected_gradients[name]).norm() <= 2e-5 * expected_gradients[name].norm(), name
+        norm = torch.stack([g.norm() for g in expected_gradients.values()]).norm().item()
+        assert math.isclose(stats.grad_norm, norm, rel_tol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool: WorkerPool, models: tuple[str, str]) -> tuple[list, dict[str, torch.Tensor]]:
+    return pool.run(1, train_steps, *models, Case(), 3)[0]
+
+
+@pytest.mark.parametrize("name", [*OTHER_SPLITS, *LAYOUTS])
+def test_steps_agree_in_every_layout(
+    pool: WorkerPool,
+    models: tuple[str, str],
+    one_rank: tuple[list, dict[str, torch.Tensor]],
+    table: Table,
+    name: str,
+) -> None:
+    case = OTHER_SPLITS[name] if name in OTHER_SPLITS else Case(parallel=LAYOUTS[name], max_tokens=64)
+    expected_stats, expected_weights = one_rank
+    for stats, weights in pool.run(case.world_size, train_steps, *models, case, 3):
+        for actual, expected in zip(stats, expected_stats, strict=True):
+            for field in ("loss", "opd", "reference_kl", "teacher_sft", "gold_sft", "entropy", "grad_norm", "advantage"):
+                assert math.isclose(vars(actual)[field], vars(expected)[field], rel_tol=1e-5, abs_tol=1e-7), field
+        update = sum((weights[key] - expected_weights[key]).norm() ** 2 for key in weights) ** 0.5
+        total = sum(expected_weights[key].norm() ** 2 for key in weights) ** 0.5
+        assert update <= 1e-4 * total
+        last, first = stats[-1], expected_stats[-1]
+        row = f"loss {last.loss:.6f} ({first.loss:.6f})  grad norm {last.grad_norm:.5f} ({first.grad_norm:.5f})"
+        table.add("third step in other layouts (and on one rank)", f"{name:32}", row)
+
+
+def test_sources_do_not_dilute_each_other(pool: WorkerPool, models: tuple[str, str]) -> None:
+    """The gold term of a step is the same whether rollouts are there or not: lambda_gold cannot fade when they get longer."""
+    with_rollouts = pool.run(1, train_steps, *models, Case(), 1)[0][0][0]
+    alone = replace(STABLE_OPD, student_weight=0.0, reference_kl=0.0, teacher_weight=0.0)
+    without = pool.run(1, train_steps, *models, Case(objective=alone), 1)[0][0][0]
+    assert math.isclose(with_rollouts.gold_sft, without.gold_sft, rel_tol=1e-6)
+    assert math.isclose(without.loss, STABLE_OPD.gold_weight * without.gold_sft, rel_tol=1e-6)

@@ -1,0 +1,120 @@
+"""One training step inside pool workers, and the batches that it takes: made so that errors of normalisation cannot hide."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_opd.config import OptimizerConfig, ParallelConfig
+from megatron_opd.data import pack
+from megatron_opd.hf_folder import HFFolder
+from megatron_opd.mcore.frozen import FrozenModel
+from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.trainer import Trainer
+from megatron_opd.scoring.megatron import MegatronScorer
+from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, Source, StepStats
+from tests.mcore.worlds import build_student, open_layout
+
+STABLE_OPD = Objective(
+    opd="sampled",
+    clip=0.2,
+    beta=0.5,
+    temperature=0.8,
+    student_weight=1.0,
+    teacher_weight=0.7,
+    gold_weight=0.3,
+    reference_kl=0.5,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same step."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    max_tokens: int = 256
+    shuffle: int | None = None  # seed of another order of the rollouts
+    objective: Objective = STABLE_OPD
+    aggregation: Aggregation = "token"
+    distributed: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.model_parallel_size * (self.parallel.dp or 1)
+
+
+def make_rollouts(seed: int, vocab_size: int) -> list[Rollout]:
+    """Student rollouts of very unequal lengths, two teacher-written ones, and a single gold one: on one rank only."""
+    rng = random.Random(seed)
+
+    def rollout(source: Source, prompt: int, response: int) -> Rollout:
+        def ids(count: int) -> tuple[int, ...]:
+            return tuple(rng.randrange(1, vocab_size) for _ in range(count))  # transformers gives no gradient to pad, id 0
+
+        log_probs = tuple(-4.0 + rng.random() for _ in range(response)) if source is Source.STUDENT else ()
+        return Rollout(Prompt(str(rng.random()), ids(prompt), ""), source, ids(response), log_probs, "stop", 0, "")
+
+    lengths = (1, 2, 40, 7, 25, 3, 11)
+    student = [rollout(Source.STUDENT, rng.randrange(3, 9), length) for length in lengths]
+    return [*student, rollout(Source.TEACHER, 5, 9), rollout(Source.TEACHER, 8, 2), rollout(Source.GOLD, 4, 13)]
+
+
+def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Platform) -> Trainer:
+    model, spec = build_student(student, case.parallel, layout, platform)
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, distributed=case.distributed)
+    vocab = spec.dims.vocab_size
+    return Trainer(model, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, chunk_tokens=7)
+
+
+def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Platform, padded_vocab: int) -> MegatronScorer:
+    frozen = FrozenModel(HFFolder(folder), "teacher.model", case.parallel, layout, platform, torch.float32, padded_vocab)
+    return MegatronScorer(frozen)
+
+
+def train_steps(student: str, teacher: str, case: Case, steps: int) -> tuple[list[StepStats], dict[str, torch.Tensor]]:
+    """``steps`` optimizer steps; the stats of each, and the weights after them by HF name."""
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    padded = trainer.spec.dims.padded_vocab_size
+    teacher_scorer = build_scorer(teacher, case, layout, platform, padded)
+    reference_scorer = build_scorer(student, case, layout, platform, padded)
+    stats = []
+    for step in range(steps):
+        rollouts = make_rollouts(step, trainer.loss_vocab_size)
+        batches = share(rollouts, case, layout)
+        stats.append(trainer.step(batches, teacher_scorer.score(batches), reference_scorer.score(batches)))
+    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, layout)
+    return stats, {name: tensor.clone() for name, tensor in weights}
+
+
+def gradients(student: str, teacher: str, case: Case) -> tuple[StepStats, dict[str, torch.Tensor]]:
+    """The first step's gradients by HF name, before clipping; one data-parallel rank, no distributed optimizer."""
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, replace(case, distributed=False), layout, platform)
+    padded = trainer.spec.dims.padded_vocab_size
+    batches = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    teacher_scores = build_scorer(teacher, case, layout, platform, padded).score(batches)
+    reference_scores = build_scorer(teacher, case, layout, platform, padded).score(batches)
+    trainer.optimizer.step = lambda: None  # the gradients, not the update
+    stats = trainer.step(batches, teacher_scores, reference_scores)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.copy_(parameter.main_grad)  # the mapping's own inverse brings them to HF names
+    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, layout)
+    return stats, {name: tensor.clone() for name, tensor in weights}
+
+
+def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> list:
+    rollouts = list(rollouts)
+    if case.shuffle is not None:
+        random.Random(case.shuffle).shuffle(rollouts)
+    multiple = case.parallel.tp if case.parallel.sequence_parallel else 1
+    shares = pack(
+        rollouts, dp_size=layout.dp_size, max_tokens=case.max_tokens, aggregation=case.aggregation, pad_to_multiple=multiple
+    )
+    return shares[layout.dp_rank]
