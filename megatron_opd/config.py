@@ -175,9 +175,9 @@ class Config(_Section):
             reference_kl=self.loss.reference_kl if rollouts and self.reference is not None else 0.0,
         )
 
-    def sampling(self, stop_ids: tuple[int, ...]) -> SamplingParams:
+    def sampling(self, stop_ids: tuple[int, ...], vocab_size: int) -> SamplingParams:
         s = self.rollout.sampling
-        return SamplingParams(s.temperature, s.top_p, s.max_new_tokens, stop_ids)
+        return SamplingParams(s.temperature, s.top_p, s.max_new_tokens, stop_ids, vocab_size)
 
 
 class _Loader(yaml.SafeLoader):

@@ -60,7 +60,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
         system.weight_sync.push(state.policy_version)
     if state.step == 0:
         _evaluate_start(config, inputs, system, state, reporter)
-    sampling = config.sampling(inputs.stop_ids)
+    sampling = config.sampling(inputs.stop_ids, inputs.loss_vocab_size)
     clock = Clock()
 
     while state.step < config.run.steps:
@@ -147,7 +147,8 @@ def _evaluate(
     """Evaluate on the held-out prompts, with the same draws each time; the accuracy is kept in ``state`` under ``name``."""
     assert config.eval is not None and engine is not None
     new_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
-    result = evaluate(engine, inputs.heldout, SamplingParams(config.eval.temperature, 1.0, new_tokens, stops), config.run.seed)
+    sampling = SamplingParams(config.eval.temperature, 1.0, new_tokens, stops, inputs.loss_vocab_size)
+    result = evaluate(engine, inputs.heldout, sampling, config.run.seed)
     assert result.accuracy is not None  # preflight refuses held-out prompts without answers
     state.evaluations[name] = result.accuracy
     return {

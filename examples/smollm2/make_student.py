@@ -53,12 +53,10 @@ def main() -> None:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         config = make_config(fields)
         args.target.mkdir(parents=True, exist_ok=True)
-        save_file(read_weights(reader, config), args.target / "model.safetensors", metadata={"format": "pt"})
+        save_file(read_weights(reader, fields), args.target / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(args.target)
     make_tokenizer(fields).save_pretrained(args.target)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(args.target)
+    GenerationConfig.from_model_config(config).save_pretrained(args.target)
     print(f"wrote {args.target}")
 
 
@@ -95,9 +93,9 @@ def make_config(fields: dict[str, Any]) -> LlamaConfig:
     )
 
 
-def read_weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, Tensor]:
+def read_weights(reader: GGUFReader, fields: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors, dequantised, by their Hugging Face names; bf16."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
     weights: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))

@@ -118,7 +118,7 @@ class _Batch:
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
-        ).logits[:, 0]
+        ).logits[:, 0, : self._sampling.vocab_size]
         draws = uniforms(self._seeds[self._rows], self._written)
         tokens, log_probs = sample(logits, draws, temperature=self._sampling.temperature, top_p=self._sampling.top_p)
         self._tokens[self._rows, self._written] = tokens

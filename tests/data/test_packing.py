@@ -156,6 +156,13 @@ def test_one_outlier_does_not_slow_its_rank_down_further() -> None:
     assert tokens == [62, 63]
 
 
+def test_room_goes_before_balance_so_that_micro_batches_stay_few() -> None:
+    # By cost the short ones alone would fill one micro-batch beyond its 16,384 tokens: attention makes the long one dear.
+    rollouts = [make_rollout(tokens=n, prompt=make_prompt(tokens=1)) for n in (12_000, *[500] * 40)]
+    [batches] = pack(rollouts, dp_size=1, max_tokens=16_384, aggregation="token")
+    assert sorted(batch.num_tokens for batch in batches) == [16_000, 16_000]
+
+
 @pytest.mark.parametrize("pad_to_multiple", [1, 2, 4])
 def test_a_rank_without_sequences_gets_a_filler_without_weight(pad_to_multiple: int) -> None:
     ranks = pack([make_rollout()], dp_size=3, max_tokens=40, aggregation="token", pad_to_multiple=pad_to_multiple)

@@ -1,7 +1,7 @@
 """The loss as its definition reads: whole logits, one rank, autograd. Imports nothing from megatron_opd.losses.
 
-Run on fp64 tensors it is the truth; on bf16 tensors it is the dense computation (bf16 products, fp32 statistics) whose error sets
-the scale for ours.
+Run on fp64 tensors it is the truth; on bf16 tensors it is the dense computation (bf16 products, fp32 statistics) whose error
+sets the scale for ours.
 """
 
 from __future__ import annotations

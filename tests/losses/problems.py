@@ -42,8 +42,8 @@ class Problem:
     vocab_size: int
 
     def to(self, dtype: torch.dtype) -> Problem:
-        models = (each.to(dtype) for each in (self.hidden, self.head, self.teacher_hidden, self.teacher_head))
-        return Problem(*models, self.reference_hidden.to(dtype), self.reference_head.to(dtype), self.batch, self.vocab_size)
+        tensors: dict[str, Any] = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 class Result(NamedTuple):
@@ -126,7 +126,7 @@ def sharded_objective(problem: Problem, objective: Objective, chunk_tokens: int 
         group=_group(),
         chunk_tokens=chunk_tokens,
     )
-    output.loss.backward()  # type: ignore[no-untyped-call]
+    output.loss.backward()
     assert hidden.grad is not None and head.grad is not None
     return Result(_detached(output), hidden.grad, head.grad)
 
@@ -150,7 +150,7 @@ def sharded_fused(problem: Problem, kind: OpdKind, reference_coef: float, chunk_
         group=_group(),
         chunk_tokens=chunk_tokens,
     )
-    (3 * value).backward()  # type: ignore[no-untyped-call]
+    (3 * value).backward()
     assert hidden.grad is not None and head.grad is not None
     return Result({"value": value.detach()}, hidden.grad, head.grad)
 
@@ -158,7 +158,7 @@ def sharded_fused(problem: Problem, kind: OpdKind, reference_coef: float, chunk_
 def sharded_divergence(
     student: Tensor, teacher: Tensor, weights: Tensor, kind: OpdKind, beta: float, temperature: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`vocab_parallel_divergence` on this rank's columns of [T, V]: the values [T], and the gradient of their weighted sum."""
+    """:func:`vocab_parallel_divergence` on this rank's columns of [T, V]: the values [T], their weighted sum's gradient."""
     logits = _rows(student.T).T.contiguous().requires_grad_()
     values = vocab_parallel_divergence(
         logits,
@@ -169,7 +169,7 @@ def sharded_divergence(
         vocab_size=vocab_size,
         group=_group(),
     )
-    (values * weights).sum().backward()  # type: ignore[no-untyped-call]
+    (values * weights).sum().backward()
     assert logits.grad is not None
     return values.detach(), logits.grad
 

@@ -41,12 +41,12 @@ def _fused(**changes: Any) -> Tensor:
         ({"vocab_size": 0}, r"vocab_size: 0"),
         ({"chunk_tokens": 0}, r"chunk_tokens: 0"),
         ({"hidden": PROBLEM.hidden[0]}, r"weight: shape \[24, 8\] beside hidden \[8\]; give \[T, H\]"),
-        ({"weight": PROBLEM.teacher_head}, r"weight: shape \[24, 12\] beside hidden \[40, 8\]"),
+        ({"weight": PROBLEM.teacher_head}, r"weight: shape \[24, 12\] beside hidden \[37, 8\]"),
         ({"weight": PROBLEM.head.float()}, r"weight: dtype torch.float32, but hidden has torch.float64"),
         ({"hidden": PROBLEM.hidden.half(), "weight": PROBLEM.head.half()}, r"dtype: torch.float16 is not supported"),
-        ({"teacher_hidden": PROBLEM.teacher_hidden[1:]}, r"teacher_hidden: 39 tokens, but the student has 40"),
+        ({"teacher_hidden": PROBLEM.teacher_hidden[1:]}, r"teacher_hidden: 36 tokens, but the student has 37"),
         ({"teacher_weight": PROBLEM.teacher_head[1:]}, r"teacher_weight: 23 vocabulary rows, but the student's head has 24"),
-        ({"token_weights": torch.ones(3)}, r"token_weights: shape \[3\], but hidden has 40 tokens"),
+        ({"token_weights": torch.ones(3)}, r"token_weights: shape \[3\], but hidden has 37 tokens"),
         ({"reference_coef": 0.1}, r"reference_hidden: None, .* give reference_hidden and reference_weight"),
     ),
 )
@@ -82,7 +82,7 @@ def _objective(**changes: Any) -> None:
     (
         ({"teacher_head": None}, r"teacher_head: None, but the loss needs it; give teacher_hidden and teacher_head"),
         ({"reference_hidden": None}, r"reference_hidden: None, .* give reference_hidden and reference_head"),
-        ({"hidden": PROBLEM.hidden[1:]}, r"hidden: 39 tokens, but the batch has 40"),
+        ({"hidden": PROBLEM.hidden[1:]}, r"hidden: 36 tokens, but the batch has 37"),
         (
             {"batch": replace(PROBLEM.batch, labels=torch.full_like(PROBLEM.batch.labels, 24))},
             r"batch.labels: 24 is not among the vocabulary's 24 ids",

@@ -29,7 +29,7 @@ def _dense(student: Tensor, teacher: Tensor, weights: Tensor, kind: str, vocab_s
     logits = student.clone().requires_grad_()
     log_student, log_teacher = (oracle.log_softmax(each[:, :vocab_size], TEMPERATURE) for each in (logits, teacher))
     values = oracle.divergence(log_student, log_teacher, kind, BETA)
-    (values * weights).sum().backward()  # type: ignore[no-untyped-call]
+    (values * weights).sum().backward()
     assert logits.grad is not None
     return values.detach(), logits.grad
 
@@ -97,7 +97,7 @@ def test_fused_divergence_with_reference_matches_dense_in_fp64(
         log_student, log_reference
     )
     value = (problem.batch.rollout_weights * tokens).sum()
-    (3 * value).backward()  # type: ignore[no-untyped-call]
+    (3 * value).backward()
     torch.testing.assert_close(ours.output["value"], value.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.hidden_grad, hidden.grad, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(ours.head_grad, head.grad, rtol=1e-12, atol=1e-13)
@@ -154,14 +154,14 @@ def test_only_the_tensors_that_are_trained_get_a_gradient(trained: str) -> None:
     )
     assert value.requires_grad == (trained != "neither")
     if value.requires_grad:
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
     assert (hidden.grad is not None) == (trained == "hidden")
     assert (head.grad is not None) == (trained == "weight")
 
 
 def test_inputs_are_left_as_they_were() -> None:
     problem = make_problem(24)
-    student, teacher, weights = _logits(problem)
+    student, teacher, _ = _logits(problem)
     before = student.clone(), teacher.clone()
     vocab_parallel_divergence(student, teacher, kind="jsd", temperature=2.0)
     torch.testing.assert_close((student, teacher), before, rtol=0, atol=0)

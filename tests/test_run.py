@@ -1,0 +1,78 @@
+"""Whole runs: what they leave, and that a killed one ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import runs
+
+FIXED_NAMES = """loss loss/opd loss/reference_kl loss/gold_sft grad_norm rollout/length_mean rollout/truncation_rate
+rollout/repetition_rate rollout/accuracy tokens_per_second time/rollout time/score time/train time/weight_sync""".split()
+TIMINGS = ("time/", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("run")
+    config = runs.make_inputs(folder)
+    result = runs.run(folder, config)
+    assert result.returncode == 0, result.stderr
+    return folder, config, result.stdout
+
+
+def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = uninterrupted
+    records = runs.metrics(folder / "run")
+    assert [record["step"] for record in records] == list(range(7))
+    for record in records[1:]:
+        assert set(FIXED_NAMES) <= set(record)
+        assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats: engine and trainer hold the same weights at every step
+    assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 3, 6]
+
+
+def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, output = uninterrupted
+    assert str(folder / "run" / "hf") in output
+    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "hf")
+    prompt = tokenizer("3 + 4 =", return_tensors="pt").input_ids
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
+    before, after = load_file(folder / "student" / "model.safetensors"), load_file(folder / "run" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_old_checkpoints_are_deleted(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = uninterrupted
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+
+
+def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    run_dir = folder / "killed"
+    killed = {**config, "run": {**config["run"], "name": "killed", "dir": str(run_dir)}}
+    process = runs.start(folder, killed)
+    runs.kill_after_step(process, run_dir, step=3)  # the last checkpoint is that of step 2, or of step 4 if the kill was slow
+    result = runs.run(folder, killed)
+    assert result.returncode == 0, result.stderr
+
+    expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    for one, other in zip(runs.metrics(folder / "run"), runs.metrics(run_dir), strict=True):
+        for name in one:
+            if not name.startswith(TIMINGS):
+                assert one[name] == other[name], (one["step"], name)
+
+
+def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    before = load_file(folder / "run" / "hf" / "model.safetensors")
+    assert runs.run(folder, config).returncode == 0
+    after = load_file(folder / "run" / "hf" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
