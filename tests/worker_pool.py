@@ -37,7 +37,7 @@ class WorkerError(RuntimeError):
 class _Job:
     rank: int
     world_size: int
-    rendezvous: str
+    folder: Path  # of this run: where the ranks meet, and where they leave their stacks when they hang
     timeout: float
     call: bytes  # pickled (fn, args), unpickled inside the worker's try block
 
@@ -62,16 +62,17 @@ class WorkerPool:
         """``fn(*args)`` on ranks 0..world_size-1, each with a fresh default process group; returns the results by rank.
 
         ``fn`` must be importable by name. ``timeout`` is in seconds and excludes the start of new workers. Raises WorkerError
-        with the failing ranks' tracebacks, or TimeoutError (the stacks of the ranks that hang are then on stderr).
+        with the failing ranks' tracebacks, or TimeoutError with the stacks of the ranks that hang.
         """
         call = pickle.dumps((fn, args))
         try:
             self._start(world_size)
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
                 for rank, worker in enumerate(self._workers[:world_size]):
-                    job = _Job(rank, world_size, Path(folder, "rendezvous").as_uri(), timeout, call)
+                    job = _Job(rank, world_size, folder, timeout, call)
                     worker.connection.send_bytes(pickle.dumps(job))
-                replies = self._collect(world_size, timeout)
+                replies = self._collect(world_size, timeout, folder)
             return [pickle.loads(replies[rank]) for rank in range(world_size)]
         except BaseException:
             self.close()
@@ -104,7 +105,7 @@ class WorkerPool:
                 raise TimeoutError(f"{worker.process.name} did not start within {START_SECONDS:g} s")
             worker.connection.recv_bytes()
 
-    def _collect(self, world_size: int, timeout: float) -> dict[int, bytes]:
+    def _collect(self, world_size: int, timeout: float, folder: Path) -> dict[int, bytes]:
         pending = {worker.connection: rank for rank, worker in enumerate(self._workers[:world_size])}
         results: dict[int, bytes] = {}
         failures: list[str] = []
@@ -130,7 +131,9 @@ class WorkerPool:
         if failures:
             raise WorkerError("\n".join(failures))
         if pending:
-            raise TimeoutError(f"ranks {sorted(pending.values())} of {world_size} did not return within {timeout:g} s")
+            late = sorted(pending.values())
+            stacks = [f"rank {rank}:\n{(folder / f'stack-{rank}').read_text()}" for rank in late]
+            raise TimeoutError("\n".join([f"ranks {late} of {world_size} did not return within {timeout:g} s", *stacks]))
         return results
 
 
@@ -144,12 +147,13 @@ def _serve(connection: Connection) -> None:
             job = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        faulthandler.dump_traceback_later(0.9 * job.timeout)
-        try:
-            reply: tuple[bool, bytes | str] = (True, _execute(job))
-        except BaseException:  # pytest's own outcomes do not derive from Exception
-            reply = (False, traceback.format_exc())
-        faulthandler.cancel_dump_traceback_later()
+        with (job.folder / f"stack-{job.rank}").open("w") as stack:
+            faulthandler.dump_traceback_later(0.9 * job.timeout, file=stack)
+            try:
+                reply: tuple[bool, bytes | str] = (True, _execute(job))
+            except BaseException:  # pytest's own outcomes do not derive from Exception
+                reply = (False, traceback.format_exc())
+            faulthandler.cancel_dump_traceback_later()
         connection.send_bytes(pickle.dumps(reply))
 
 
@@ -157,7 +161,9 @@ def _execute(job: _Job) -> bytes:
     torch.manual_seed(job.rank)  # whatever ran before in this process
     # Longer than the pool's own timeout, which then speaks first and names all the ranks that hang, not one of their victims.
     patience = timedelta(seconds=2 * job.timeout)
-    dist.init_process_group("gloo", init_method=job.rendezvous, rank=job.rank, world_size=job.world_size, timeout=patience)
+    dist.init_process_group(
+        "gloo", init_method=(job.folder / "rendezvous").as_uri(), rank=job.rank, world_size=job.world_size, timeout=patience
+    )
     fn, args = pickle.loads(job.call)
     result = pickle.dumps(fn(*args))
     dist.barrier()  # a rank that closes its sockets early would break the others' last collective
