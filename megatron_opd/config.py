@@ -19,7 +19,7 @@ from megatron_opd.types import Aggregation, Objective, OpdError, OpdKind, Sampli
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(_Section):

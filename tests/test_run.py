@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import runs
 
-FIXED_NAMES = """loss loss/opd loss/reference_kl loss/gold_sft grad_norm rollout/length_mean rollout/truncation_rate
-rollout/repetition_rate rollout/accuracy tokens_per_second time/rollout time/score time/train time/weight_sync""".split()
+FIXED_NAMES = {
+    *("loss", "loss/opd", "loss/reference_kl", "loss/gold_sft", "grad_norm", "tokens_per_second"),
+    *("rollout/length_mean", "rollout/truncation_rate", "rollout/repetition_rate", "rollout/accuracy"),
+    *("time/rollout", "time/score", "time/train", "time/weight_sync"),
+}
 TIMINGS = ("time/", "tokens_per_second")
 
 
@@ -31,7 +34,7 @@ def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tupl
     records = runs.metrics(folder / "run")
     assert [record["step"] for record in records] == list(range(7))
     for record in records[1:]:
-        assert set(FIXED_NAMES) <= set(record)
+        assert set(record) >= FIXED_NAMES
         assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats: engine and trainer hold the same weights at every step
     assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 3, 6]
 
@@ -76,3 +79,23 @@ def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str
     assert runs.run(folder, config).returncode == 0
     after = load_file(folder / "run" / "hf" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_run_of_non_finite_steps_stops_with_its_checkpoints_intact(tmp_path: Path) -> None:
+    config = runs.make_inputs(tmp_path)
+    config.update(mixture={"student": 0, "teacher": 0, "gold": 1}, eval=None)
+    config["student"]["parallel"] = {}
+    assert runs.run(tmp_path, config, "run.steps=3", "optimizer.warmup_steps=1").returncode == 0
+    intact = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert intact == {"step_00000002", "step_00000003"}
+    ruinous = "optimizer.lr=1e38"  # the first step from here makes weights whose products overflow
+    result = runs.run(tmp_path, config, ruinous, "run.max_skipped_steps=2", "run.steps=9", "checkpoint.every=9")
+    assert result.returncode == 1
+    assert "2 steps in a row" in result.stderr and "checkpoints" in result.stderr and "Traceback" not in result.stderr
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == intact
+    assert [record["skipped_steps"] for record in runs.metrics(tmp_path / "run")] == [0, 0, 0, 0, 1, 2]
+
+    result = runs.run(tmp_path, config, "optimizer.lr=1e39", "run.steps=4")  # infinite in fp32
+    assert result.returncode == 1
+    assert "not finite, not saved" in result.stderr
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == intact

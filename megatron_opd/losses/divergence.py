@@ -5,8 +5,8 @@ maximum; Z_p, Z_q the sums of their exponentials over the whole vocabulary; c to
 costs one MAX and one packed SUM over the shard's group, generalised JSD one SUM more. Gradients are written out, never left to
 autograd: autograd through a plain all-reduce of Z_p gives the exact loss and a wrong gradient.
 
-All tensors are fp32 or fp64. What takes logits or a :class:`LocalSoftmax` may overwrite them: at V = 152k memory traffic is the
-price of everything here.
+All tensors are fp32 or fp64. What takes :class:`Logits` or a :class:`LocalSoftmax` may overwrite them: at V = 152k memory traffic,
+and on CPU the page faults of fresh memory, are the price of everything here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 _LARGEST_LOG_RATIO = 80.0
 
 
+# On CPU products are summed in blocks of about this many elements (1 MiB in fp32), so that they stay in the cache.
+_CACHED_ELEMENTS = 2**18
+
+
+class Logits(NamedTuple):
+    """One model's logits on this rank's rows, and memory to work in."""
+
+    values: Tensor  # [c, size]
+    spare: Tensor  # [c, size], of any content
+
+    def scale_(self, temperature: float) -> Tensor:
+        return self.values if temperature == 1.0 else self.values.div_(temperature)
+
+
 @dataclass
 class LocalSoftmax:
     """One model's distribution on this rank's rows; the log-probability is ``shifted - total.log()``."""
@@ -36,9 +50,9 @@ class LocalSoftmax:
     total: Tensor  # [c] Z: this rank's share until the packed SUM, from then on over the whole vocabulary
 
     @classmethod
-    def of(cls, shifted: Tensor) -> LocalSoftmax:
-        exp = shifted.exp()
-        return cls(shifted, exp, exp.sum(-1))
+    def of(cls, shifted: Logits) -> LocalSoftmax:
+        exp = torch.exp(shifted.values, out=shifted.spare)
+        return cls(shifted.values, exp, exp.sum(-1))
 
 
 class Divergence(Protocol):
@@ -51,7 +65,10 @@ class Divergence(Protocol):
     def value_and_gradient(
         self, student: LocalSoftmax, frozen: LocalSoftmax, sums: list[Tensor], shard: VocabShard
     ) -> tuple[Tensor, Tensor]:
-        """D in nats [c], and dD/ds [c, size] in a buffer of ``frozen``. ``sums`` are the reduced ``local_sums``."""
+        """D in nats [c], and dD/ds [c, size] in memory of the arguments; ``sums`` are the reduced ``local_sums``.
+
+        May overwrite all but ``student.exp``.
+        """
         ...
 
 
@@ -103,7 +120,7 @@ class JensenShannon:
     ) -> tuple[Tensor, Tensor]:
         offset = student.total.log() - frozen.total.log()
         d = frozen.shifted.sub_(student.shifted).add_(offset[:, None]).clamp_(max=_LARGEST_LOG_RATIO)
-        u = torch.expm1(d).mul_(self.beta).log1p_()
+        u = torch.expm1(d, out=student.shifted).mul_(self.beta).log1p_()
         student_sum, frozen_sum = shard.sum(_dot(student.exp, u), _dot(frozen.exp, d.sub_(u)))
         student_mean = student_sum / student.total
         value = self.beta * frozen_sum / frozen.total - (1 - self.beta) * student_mean
@@ -179,9 +196,9 @@ class RolloutValues(NamedTuple):
 
 
 def rollout_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    reference_logits: Tensor | None,
+    student_logits: Logits,
+    teacher_logits: Logits | None,
+    reference_logits: Logits | None,
     tokens: RolloutTokens,
     opd: OpdTerm,
     temperature: float,
@@ -189,11 +206,11 @@ def rollout_loss(
 ) -> tuple[RolloutValues, Tensor]:
     """The OPD and reference terms, and the gradient [c, size] of their weighted sum with respect to the student's logits.
 
-    The logits, each [c, size], are overwritten; without a teacher there is no OPD term, without a reference no reference term.
+    The logits, each [c, size], are overwritten, the gradient lies in their memory. Without a teacher there is no OPD term, without
+    a reference no reference term.
     """
-    present = [logits for logits in (student_logits, teacher_logits, reference_logits) if logits is not None]
-    _scale_(present, temperature)
-    shard.subtract_row_max_(*present)
+    present = (logits for logits in (student_logits, teacher_logits, reference_logits) if logits is not None)
+    shard.subtract_row_max_(*(logits.scale_(temperature) for logits in present))
 
     student = LocalSoftmax.of(student_logits)
     label_logits = shard.pick(student.shifted, tokens.labels)
@@ -232,19 +249,18 @@ def rollout_loss(
             opd_gradient.mul_(weights[:, None])
             gradient = opd_gradient if gradient is None else gradient.add_(opd_gradient)
     if gradient is None:
-        gradient = torch.zeros_like(student.exp)
+        gradient = student.exp.zero_()
     return RolloutValues(opd_value, reference_kl, entropy, log_probs, teacher_log_probs), gradient
 
 
 def label_loss(
-    student_logits: Tensor, labels: Tensor, weights: Tensor, temperature: float, shard: VocabShard
+    student_logits: Logits, labels: Tensor, weights: Tensor, temperature: float, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """log p(label) in nats [c], and the gradient [c, size] of ``-sum weights * log p(label)`` for the student's logits.
 
-    The logits [c, size] are overwritten; ``labels`` [c] int64, ``weights`` [c].
+    The logits [c, size] are overwritten, the gradient lies in their memory; ``labels`` [c] int64, ``weights`` [c].
     """
-    _scale_([student_logits], temperature)
-    shard.subtract_row_max_(student_logits)
+    shard.subtract_row_max_(student_logits.scale_(temperature))
     student = LocalSoftmax.of(student_logits)
     student.total, label_logits = shard.sum(student.total, shard.pick(student.shifted, labels))
     log_probs = label_logits - student.total.log()
@@ -261,12 +277,7 @@ def _add_label_gradient(
     return gradient
 
 
-def _scale_(logits: list[Tensor], temperature: float) -> None:
-    if temperature != 1.0:
-        for each in logits:
-            each.div_(temperature)
-
-
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """[c]: row-wise, as a plain sum; a matrix product could run in TF32."""
-    return (left * right).sum(-1)
+    """[c]: row-wise, [c, size] each, as a plain sum; a matrix product could run in TF32."""
+    rows = max(1, _CACHED_ELEMENTS // max(1, left.shape[1])) if left.is_cpu else left.shape[0]
+    return torch.cat([(x * y).sum(-1) for x, y in zip(left.split(rows), right.split(rows), strict=True)])

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_opd.losses.divergence import (
+    Logits,
     OpdTerm,
     RolloutTokens,
     RolloutValues,
@@ -30,7 +31,11 @@ from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.vocab_parallel import statistics_dtype
 from megatron_opd.types import OpdKind
 
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits (fp64 where the inputs are), all models together
+# Of working memory for the logits of all models. A GPU wants large products; a CPU wants what it just wrote still in the cache, as
+# far as the products, each of which streams the whole LM head, leave it a choice.
+_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES_CPU = 4 * 2**20
+_FEWEST_CHUNK_TOKENS = 128
 
 
 class Head(NamedTuple):
@@ -39,10 +44,15 @@ class Head(NamedTuple):
     hidden: Tensor  # [T, H]
     weight: Tensor  # [V/tp, H], all models' rows are split alike
 
-    def logits(self, positions: Tensor, shard: VocabShard) -> Tensor:
-        """[c, size] in the statistics' dtype, from one product in the model's own."""
-        product = self.hidden[positions] @ self.weight[: shard.size].T
-        return product.to(statistics_dtype(product.dtype))
+    def logits(self, positions: Tensor, buffers: Tensor) -> Logits:
+        """At ``positions`` [c], into ``buffers`` [2, chunk, size] of the statistics' dtype, by a product in the model's own."""
+        values, spare = buffers[:, : len(positions)]
+        hidden, weight = self.hidden[positions], self.weight[: values.shape[1]]
+        if hidden.dtype == values.dtype:
+            torch.mm(hidden, weight.T, out=values)
+        else:
+            values.copy_(hidden @ weight.T)
+        return Logits(values, spare)
 
 
 class RolloutRows(NamedTuple):
@@ -82,11 +92,16 @@ class LinearLoss:
         loss, rollout_values, label_log_probs = _LinearLossFunction.apply(*student, self)
         return loss, RolloutValues(*rollout_values), label_log_probs
 
-    def chunks(self, rows: int, models: int, student: Head) -> Iterator[slice]:
-        """Slices of 0 .. rows - 1, the same on all ranks of the group: they depend on V/tp, not on the shard's true rows."""
-        token_bytes = models * student.weight.shape[0] * statistics_dtype(student.weight.dtype).itemsize
-        size = self.chunk_tokens or max(1, CHUNK_BYTES // token_bytes)
-        return (slice(start, start + size) for start in range(0, rows, size))
+    def buffers(self, rows: int, models: int, student: Head) -> Tensor:
+        """[models, 2, chunk, size], for all chunks of ``rows`` tokens in turn.
+
+        The chunk is the same on all ranks of the group: it depends on V/tp, not on the shard's true rows.
+        """
+        dtype = statistics_dtype(student.weight.dtype)
+        budget = _CHUNK_BYTES_CPU if student.weight.is_cpu else _CHUNK_BYTES
+        affordable = budget // (2 * models * student.weight.shape[0] * dtype.itemsize)
+        chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(rows, 1))
+        return student.hidden.new_empty(models, 2, chunk, self.shard.size, dtype=dtype)
 
 
 class _LinearLossFunction(torch.autograd.Function):
@@ -100,12 +115,13 @@ class _LinearLossFunction(torch.autograd.Function):
 
         rollout_values = hidden.new_zeros(len(RolloutValues._fields), len(positions), dtype=dtype)
         models = 1 + (job.teacher is not None) + (job.reference is not None)
-        for rows in job.chunks(len(positions), models, student):
+        buffers = job.buffers(len(positions), models, student)
+        for rows in _chunks(len(positions), buffers):
             chunk = RolloutTokens(*(each[rows] for each in tokens))
             values, logit_gradient = rollout_loss(
-                student.logits(positions[rows], job.shard),
-                None if job.teacher is None else job.teacher.logits(positions[rows], job.shard).to(dtype),
-                None if job.reference is None else job.reference.logits(positions[rows], job.shard).to(dtype),
+                student.logits(positions[rows], buffers[0]),
+                None if job.teacher is None else job.teacher.logits(positions[rows], buffers[1]),
+                None if job.reference is None else job.reference.logits(positions[rows], buffers[-1]),
                 chunk,
                 job.opd,
                 job.temperature,
@@ -116,22 +132,34 @@ class _LinearLossFunction(torch.autograd.Function):
             gradients.add(logit_gradient)
 
         label_log_probs = hidden.new_zeros(len(label_positions), dtype=dtype)
-        for rows in job.chunks(len(label_positions), 1, student):
-            logits = student.logits(label_positions[rows], job.shard)
+        buffers = job.buffers(len(label_positions), 1, student)
+        for rows in _chunks(len(label_positions), buffers):
+            logits = student.logits(label_positions[rows], buffers[0])
             log_probs, logit_gradient = label_loss(logits, labels[rows], weights[rows], job.temperature, job.shard)
             label_log_probs[rows] = log_probs
             loss -= weights[rows] @ log_probs
             gradients.add(logit_gradient)
 
-        ctx.save_for_backward(*gradients.complete())
+        ctx.gradients = gradients.complete()
         ctx.mark_non_differentiable(rollout_values, label_log_probs)
         return loss, rollout_values, label_log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
-        return None if hidden is None else hidden * loss_gradient, None if weight is None else weight * loss_gradient, None
+        if ctx.gradients is None:
+            raise RuntimeError("a second backward through the loss: the first consumed its gradients; call the loss again")
+        hidden, weight = ctx.gradients
+        ctx.gradients = None  # handed on and scaled in place: the head's may be gigabytes
+        for gradient in (hidden, weight):
+            if gradient is not None:
+                gradient.mul_(loss_gradient)
+        return hidden, weight, None
+
+
+def _chunks(rows: int, buffers: Tensor) -> Iterator[slice]:
+    chunk = buffers.shape[2]
+    return (slice(start, start + chunk) for start in range(0, rows, chunk))
 
 
 class _Gradients:
@@ -206,7 +234,7 @@ def fused_linear_divergence(
         reference_hidden: [T, H_r], needed where ``reference_coef`` is not 0.
         reference_weight: [V/tp, H_r], the same rows.
         vocab_size: the true global vocabulary; rows beyond it are ignored and get gradient 0. None: no padding.
-        chunk_tokens: tokens whose logits are formed at once. None: from a budget of 64 MiB of logits.
+        chunk_tokens: tokens whose logits are formed at once. None: from a byte budget.
 
     Raises ValueError for arguments that do not fit.
     """

@@ -50,7 +50,7 @@ def distillation_loss(
         reference_hidden: [T, H_r], with reference_head [V/tp, H_r]; None where the objective needs no reference.
         vocab_size: the true global vocabulary; rows beyond it are padding.
         group: the tensor-parallel group; None: this rank holds the whole vocabulary.
-        chunk_tokens: tokens whose logits are formed at once. None: from a budget of 64 MiB of logits.
+        chunk_tokens: tokens whose logits are formed at once. None: from a byte budget.
 
     Returns scalars and [T] log-probabilities (0 on positions without weight), equal on all ranks of ``group``; only ``loss``
     carries a gradient. Raises ValueError for arguments that do not fit.

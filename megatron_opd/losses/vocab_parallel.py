@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_opd.losses.divergence import Divergence, RolloutTokens, check_temperature, make_divergence, rollout_loss
+from megatron_opd.losses.divergence import Divergence, Logits, RolloutTokens, check_temperature, make_divergence, rollout_loss
 from megatron_opd.losses.shard import VocabShard
 from megatron_opd.types import OpdKind
 
@@ -70,9 +70,11 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, temperature: float, shard: VocabShard
     ) -> Tensor:
         dtype = statistics_dtype(student_logits.dtype)
-        student = student_logits[:, : shard.size].to(dtype, copy=True)
-        teacher = teacher_logits[:, : shard.size].to(dtype, copy=True)
-        ones = student.new_ones(student.shape[0])
+        student, teacher = (
+            Logits(logits, torch.empty_like(logits))
+            for logits in (each[:, : shard.size].to(dtype, copy=True) for each in (student_logits, teacher_logits))
+        )
+        ones = student.values.new_ones(len(student_logits))
         tokens = RolloutTokens(ones.long(), ones, opd_weights=ones, reference_weights=ones)
         values, gradient = rollout_loss(student, teacher, None, tokens, divergence, temperature, shard)
         padding = student_logits.shape[1] - shard.size

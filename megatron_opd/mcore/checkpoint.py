@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_opd.mcore.model import ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.trainer import Trainer
-from megatron_opd.types import DataCursor, OpdError, TrainState
+from megatron_opd.types import DataCursor, OpdError, RunStopped, TrainState
 
 _STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -31,6 +31,8 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
+# What the config of the resumed run decides: Megatron would restore it from the checkpoint, and ignore a lowered learning rate.
+_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
 
 
 def identity(spec: ModelSpec) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
 
 def save_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int, keep: int) -> Path:
     """Write the state after ``state.step`` steps; keep the newest ``keep`` checkpoints. Collective over all ranks."""
+    _check_finite(trainer, state.step)
     target = folder / f"step_{state.step:08d}"
     partial = folder / f".{target.name}.partial"
     if dist.get_rank() == 0:
@@ -113,13 +116,28 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
             f"checkpoint {path}: cannot be loaded ({' '.join(str(error).split())}); delete it to use the one before"
         ) from error
     trainer.model.load_state_dict(loaded["model"])
+    configured = [{key: group[key] for key in _CONFIGURED if key in group} for group in trainer.optimizer.param_groups]
     trainer.optimizer.load_state_dict(loaded["optimizer"])
-    trainer.schedule.load_state_dict(loaded["schedule"])
+    for group, values in zip(trainer.optimizer.param_groups, configured, strict=True):
+        group.update(values)
+    trainer.schedule.load_state_dict(loaded["schedule"])  # sets this step's learning rate and weight decay
     if same_layout:
         torch.set_rng_state(loaded["random"]["torch"])
         get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
     state = content["state"]
     return TrainState(**{**state, "cursor": DataCursor(**state["cursor"])})
+
+
+def _check_finite(trainer: Trainer, step: int) -> None:
+    """Weights that are lost must not push good checkpoints out. Raises RunStopped on every rank alike."""
+    device = next(trainer.model.parameters()).device
+    bad = sum(int(not torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
+    total = torch.tensor(bad, device=device)
+    dist.all_reduce(total)
+    if total:
+        raise RunStopped(
+            f"step {step}: {int(total)} weight tensors are not finite, not saved; lower optimizer.lr and start again"
+        )
 
 
 def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:

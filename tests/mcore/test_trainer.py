@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,15 @@ from transformers import AutoModelForCausalLM
 from megatron_opd.config import ParallelConfig
 from megatron_opd.types import Source
 from tests.conftest import Table
-from tests.mcore.training import STABLE_OPD, Case, gradients, make_rollouts, train_steps
+from tests.mcore.training import (
+    STABLE_OPD,
+    Case,
+    gradients,
+    make_rollouts,
+    memory_of_frozen_models,
+    train_steps,
+    weights_after_a_skipped_step,
+)
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
@@ -48,7 +55,7 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
     policy = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     rollouts = make_rollouts(0, policy.config.vocab_size)
-    objective, counts = case.objective, {source: 0 for source in Source}
+    objective, counts = case.objective, dict.fromkeys(Source, 0)
     for rollout in rollouts:
         counts[rollout.source] += len(rollout.response_ids) if case.aggregation == "token" else 1
     sums = dict.fromkeys(("opd", "reference_kl", "teacher_sft", "gold_sft"), torch.zeros((), dtype=torch.float64))
@@ -141,3 +148,21 @@ def test_sources_do_not_dilute_each_other(pool: WorkerPool, models: tuple[str, s
     without = pool.run(1, train_steps, *models, Case(objective=alone), 1)[0][0][0]
     assert math.isclose(with_rollouts.gold_sft, without.gold_sft, rel_tol=1e-6)
     assert math.isclose(without.loss, STABLE_OPD.gold_weight * without.gold_sft, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_non_finite_step_changes_nothing(pool: WorkerPool, models: tuple[str, str], layout: str) -> None:
+    parallel = LAYOUTS[layout]
+    bad = pool.run(2, weights_after_a_skipped_step, *models, parallel, True)
+    good = pool.run(2, weights_after_a_skipped_step, *models, parallel, False)
+    for (skipped, weights), (_, expected) in zip(bad, good, strict=True):
+        assert skipped == [False, True, False]
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_frozen_models_hold_no_gradients_and_no_optimizer_state(pool: WorkerPool, models: tuple[str, str]) -> None:
+    memory = pool.run(1, memory_of_frozen_models, *models)[0]
+    assert memory.frozen_with_gradient == 0
+    assert memory.frozen_gradient_buffers == 0
+    assert not memory.hidden_requires_grad
+    assert memory.optimizer_states == 2 * memory.student_parameters  # Adam's two moments of the student, nothing else

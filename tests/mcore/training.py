@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,7 +36,7 @@ STABLE_OPD = Objective(
 class Case:
     """One way to compute the same step."""
 
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     max_tokens: int = 256
     shuffle: int | None = None  # seed of another order of the rollouts
     objective: Objective = STABLE_OPD
@@ -118,3 +118,52 @@ def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> li
         rollouts, dp_size=layout.dp_size, max_tokens=case.max_tokens, aggregation=case.aggregation, pad_to_multiple=multiple
     )
     return shares[layout.dp_rank]
+
+
+def weights_after_a_skipped_step(student: str, teacher: str, parallel: ParallelConfig, skip: bool) -> tuple[list[bool], dict]:
+    """A good step, then (``skip``) one with an infinite advantage on a single rank, then a good one."""
+    case = Case(parallel)
+    layout, platform = open_layout(parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    scorer = build_scorer(teacher, case, layout, platform, trainer.spec.dims.padded_vocab_size)
+    skipped = []
+    for seed, bad in ((0, False), *(((1, True),) if skip else ()), (2, False)):
+        batches = share(make_rollouts(seed, trainer.loss_vocab_size), case, layout)
+        if bad and layout.dp_rank == 0:
+            old = batches[0].old_log_probs.where(batches[0].rollout_weights == 0, -torch.inf)
+            batches[0] = replace(batches[0], old_log_probs=old)
+        skipped.append(trainer.step(batches, scorer.score(batches), scorer.score(batches)).skipped)
+    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, layout)
+    return skipped, {name: tensor.clone() for name, tensor in weights}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Elements, summed over this rank's tensors."""
+
+    frozen_with_gradient: int
+    frozen_gradient_buffers: int
+    hidden_requires_grad: bool
+    student_parameters: int
+    optimizer_states: int
+
+
+def memory_of_frozen_models(student: str, teacher: str) -> Memory:
+    case = Case()
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    scorer = build_scorer(teacher, case, layout, platform, trainer.spec.dims.padded_vocab_size)
+    batches = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    scores = scorer.score(batches)
+    trainer.step(batches, scores, scores)
+    frozen = list(scorer.model.model.parameters())
+    adam = trainer.optimizer.chained_optimizers[0].optimizer
+    states = [state for per_parameter in adam.state.values() for state in per_parameter.values() if torch.is_tensor(state)]
+    assert scores.hidden is not None
+    return Memory(
+        frozen_with_gradient=sum(p.numel() for p in frozen if p.requires_grad or p.grad is not None),
+        frozen_gradient_buffers=sum(p.numel() for p in frozen if hasattr(p, "main_grad")),
+        hidden_requires_grad=any(hidden.requires_grad for hidden in scores.hidden),
+        student_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        optimizer_states=sum(state.numel() for state in states),
+    )

@@ -1,0 +1,231 @@
+"""Bad input gives one line that names the key or file, the value and the remedy, exit code 2, before any model is built."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron_opd import cli, preflight
+from megatron_opd.types import OpdError
+from tests import runs
+from tests.tiny_models import make_tokenizer
+
+Change = Callable[[Path, dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("good")
+    return folder, runs.make_inputs(folder)
+
+
+def check(folder: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    code = cli.main(["check", str(file)])
+    return code, capsys.readouterr().err
+
+
+def put(key: str, value: Any) -> Change:
+    """A change of one config value."""
+
+    def change(_folder: Path, config: dict[str, Any]) -> None:
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            config = config.setdefault(parent, {})
+        config[leaf] = value
+
+    return change
+
+
+def rewrite(name: str, edit: Callable[[str], str]) -> Change:
+    """A change of one text file."""
+
+    def change(folder: Path, _config: dict[str, Any]) -> None:
+        (folder / name).write_text(edit((folder / name).read_text()))
+
+    return change
+
+
+def edit_json(name: str, **values: Any) -> Change:
+    return rewrite(name, lambda text: json.dumps({**json.loads(text), **values}))
+
+
+def truncate_weights(folder: Path, _config: dict[str, Any]) -> None:
+    file = folder / "teacher" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_weights(folder: Path, _config: dict[str, Any]) -> None:
+    (folder / "teacher" / "model.safetensors").unlink()
+
+
+def wrong_shape(folder: Path, _config: dict[str, Any]) -> None:
+    file = folder / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    save_file(tensors, file)
+
+
+def missing_tensor(folder: Path, _config: dict[str, Any]) -> None:
+    file = folder / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+
+
+def other_tokenizer(folder: Path, _config: dict[str, Any]) -> None:
+    make_tokenizer(folder / "teacher", [*[str(number) for number in reversed(range(40))], "+", "=", "."])
+
+
+def without_solutions(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "train.jsonl").write_text('{"prompt": "1 + 2 =", "answer": "3"}\n' * 1)
+    config["data"]["prompts_per_step"] = 1
+
+
+def heldout_is_trained_on(folder: Path, _config: dict[str, Any]) -> None:
+    (folder / "heldout.jsonl").write_text((folder / "train.jsonl").read_text())
+
+
+def checkpoint_of_another_model(folder: Path, _config: dict[str, Any]) -> None:
+    saved = folder / "run" / "checkpoints" / "step_00000002"
+    saved.mkdir(parents=True)
+    model = {"architecture": "Qwen3ForCausalLM", "num_hidden_layers": 9}
+    (saved / "state.json").write_text(json.dumps({"model": model, "seed": 17, "state": {"step": 2}}))
+
+
+def run_dir_is_a_file(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "occupied").write_text("")
+    config["run"]["dir"] = str(folder / "occupied")
+
+
+CASES: dict[str, tuple[Change, list[str]]] = {
+    "misspelt key": (put("loss.refrence_kl", 0.1), ["loss.refrence_kl", "unknown key", "reference_kl"]),
+    "unknown section": (put("rolout", {}), ["rolout", "unknown key", "rollout"]),
+    "wrong type": (put("run.steps", "many"), ["run.steps", "integer", "'many'"]),
+    "out of range": (put("loss.clip", 1.5), ["loss.clip", "less than 1", "1.5"]),
+    "missing key": (lambda _, config: config.pop("data"), ["data", "required"]),
+    "heads by tp": (put("student.parallel.tp", 4), ["student.model", "num_key_value_heads=2", "tp=4", "divides"]),
+    "layers by pp": (put("student.parallel.pp", 4), ["student.model", "num_hidden_layers=2", "pp=4"]),
+    "teacher layers by pp": (put("student.parallel.pp", 2), ["teacher.model", "num_hidden_layers=3", "pp=2"]),
+    "full vocabulary of a scores-only teacher": (
+        lambda _, config: config.update(teacher={**config["teacher"], "backend": "sglang"}, loss={"opd": "reverse_kl"}),
+        ["loss.opd", "reverse_kl", "full vocabulary", "teacher.backend"],
+    ),
+    "gold without solutions": (without_solutions, ["train.jsonl:1", "solution", "mixture.gold"]),
+    "nothing to train on": (put("mixture", {"student": 0, "teacher": 0, "gold": 0}), ["mixture", "at least one"]),
+    "weight of a source is 0": (put("mixture.gold_weight", 0), ["mixture.gold_weight", "mixture.gold"]),
+    "reference KL without a reference": (put("reference", None), ["loss.reference_kl", "reference"]),
+    "missing weights": (remove_weights, ["teacher", "model.safetensors"]),
+    "truncated weights": (truncate_weights, ["teacher/model.safetensors", "truncated", "download"]),
+    "tensor of the wrong shape": (wrong_shape, ["model.layers.1.mlp.up_proj.weight", "[3, 5]", "[144, 48]"]),
+    "missing tensor": (missing_tensor, ["model.layers.1.mlp.up_proj.weight", "missing"]),
+    "unsupported architecture": (
+        edit_json("teacher/config.json", architectures=["MambaForCausalLM"]),
+        ["teacher.model", "MambaForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
+    ),
+    "unsupported RoPE scaling": (
+        edit_json("student/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ["student.model", "yarn", "llama3"],
+    ),
+    "no such model": (put("student.model", "/nowhere/model"), ["/nowhere/model", "no such folder"]),
+    "tokenizers disagree": (other_tokenizer, ["teacher", "token"]),
+    "broken JSONL line": (rewrite("train.jsonl", lambda text: text + '{"prompt": \n'), ["train.jsonl:61", "JSON"]),
+    "empty JSONL": (rewrite("train.jsonl", lambda _: ""), ["train.jsonl", "empty"]),
+    "prompt longer than the context": (
+        rewrite("train.jsonl", lambda text: text + json.dumps({"prompt": "1 + " * 60, "solution": "1"}) + "\n"),
+        ["train.jsonl:61", "120 tokens", "116"],
+    ),
+    "no room for a prompt": (put("rollout.sampling.max_new_tokens", 128), ["max_new_tokens", "128"]),
+    "micro-batch below a sequence": (
+        put("packing.max_tokens_per_microbatch", 10),
+        ["packing.max_tokens_per_microbatch", "10", "raise"],
+    ),
+    "fewer prompts than a step takes": (put("data.prompts_per_step", 100), ["data.prompts_per_step", "100", "60"]),
+    "held-out prompts are trained on": (heldout_is_trained_on, ["eval.prompts", "trained on"]),
+    "checkpoint of another model": (checkpoint_of_another_model, ["step_00000002", "num_hidden_layers", "9", "run.dir"]),
+    "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
+    "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),
+    "derived Megatron field": (put("student.megatron", {"hidden_size": 8}), ["student.megatron.hidden_size"]),
+    "warm-up longer than the run": (put("optimizer.warmup_steps", 6), ["optimizer.warmup_steps", "run.steps=6"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_with_key_value_and_remedy(
+    name: str, good: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, config = good
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    config = yaml.safe_load(yaml.safe_dump(config).replace(str(source), str(tmp_path)))
+    change, expected = CASES[name]
+    change(tmp_path, config)
+    code, stderr = check(tmp_path, config, capsys)
+    assert code == 2
+    assert stderr.count("\n") == 1, stderr
+    assert not [fragment for fragment in expected if fragment not in stderr], stderr
+
+
+def test_good_input_passes(good: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, config = good
+    assert check(folder, copy.deepcopy(config), capsys) == (0, "")
+
+
+def test_world_size_must_fit_the_layout(
+    good: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = good
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, stderr = check(folder, config, capsys)
+    assert code == 2
+    assert "tp=2" in stderr and "3 ranks" in stderr
+
+
+def test_config_that_is_no_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("run: {name: [")
+    assert cli.main(["check", str(file)]) == 2
+    assert cli.main(["check", str(tmp_path / "absent.yaml")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "broken.yaml" in first and "absent.yaml" in second
+
+
+def test_train_refuses_before_it_starts_a_process(
+    good: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = good
+    file = folder / "train.yaml"
+    file.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("megatron_opd.launch.run_ranks", lambda *_: pytest.fail("processes were started"))
+    assert cli.main(["train", str(file), "teacher.model=/nowhere"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
+
+
+def test_override_without_a_value_is_refused(good: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, config = good
+    file = folder / "override.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert cli.main(["check", str(file), "loss.clip"]) == 2
+    assert "loss.clip" in capsys.readouterr().err
+
+
+def test_the_checked_vocabulary_is_the_shared_one(good: tuple[Path, dict[str, Any]]) -> None:
+    """53 rows in the student and 59 in the teacher: the loss and the engines know 53 ids."""
+    from megatron_opd.config import validate_config
+    from megatron_opd.mcore.platform import Platform
+
+    inputs = preflight.prepare(validate_config(copy.deepcopy(good[1])), Platform.detect(), world_size=2)
+    assert inputs.loss_vocab_size == 53
+    with pytest.raises(OpdError):
+        preflight.prepare(validate_config(copy.deepcopy(good[1])), Platform.detect(), world_size=3)
