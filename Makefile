@@ -37,6 +37,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
+	rm -rf runs/demo  # a second demo is a new one, not the first one's end
 	$(BIN)/megatron-opd train examples/tiny/demo.yaml $(ARGS)
 
 test: $(INSTALLED)

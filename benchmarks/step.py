@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_opd.config import OptimizerConfig, ParallelConfig
@@ -56,7 +56,7 @@ def main() -> None:
         if args.tp == 1:
             measure(0, args, folder)
         else:
-            mp.spawn(measure, (args, folder), nprocs=args.tp)
+            spawn(measure, (args, folder), nprocs=args.tp)
 
 
 def write_model(args: argparse.Namespace, folder: str) -> None:

@@ -58,7 +58,9 @@ class SamplingParams:
     top_p: float
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    vocab_size: int | None = None  # ids that student, teacher and reference share: a model's rows beyond do not exist; None: all
+    vocab_size: int | None = (
+        None  # ids that student, teacher and reference share: a model's rows beyond do not exist; None: all
+    )
 
 
 @dataclass(frozen=True)

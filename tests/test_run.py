@@ -42,7 +42,7 @@ def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tupl
 def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, _, output = uninterrupted
     assert str(folder / "run" / "hf") in output
-    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "hf")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "run" / "hf")
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "hf")
     prompt = tokenizer("3 + 4 =", return_tensors="pt").input_ids
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]

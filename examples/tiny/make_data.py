@@ -9,6 +9,7 @@ solution adds one term at a time:
     State the final answer to the following arithmetic problem: 3 - 7 + 5 =
     3 - 7 = -4; -4 + 5 = 1. The answer is 1
 
+The student's warm-start set is of mixed quality: most of its solutions are the bare last sentence, without the working.
 The four sets have no problem in common.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,7 +27,8 @@ import reasoning_gym
 
 HERE = Path(__file__).parent
 TERMS = (3, 5)  # one-digit numbers in a sum, fewest and most
-HELDOUT, TRAIN, WARMSTART_STUDENT, WARMSTART_TEACHER = 192, 1280, 8_000, 20_000
+HELDOUT, TRAIN, WARMSTART_STUDENT, WARMSTART_TEACHER = 192, 1280, 16_000, 20_000
+BARE_SHARE = 0.6  # of the student's warm-start solutions
 
 
 def main() -> None:
@@ -38,7 +41,8 @@ def main() -> None:
     write(args.target / "heldout.jsonl", "heldout", islice(problems, HELDOUT))
     write(args.target / "train.jsonl", "train", islice(problems, TRAIN))
     if args.warmstart:
-        write(args.target / "work/warmstart_student.jsonl", "student", islice(problems, WARMSTART_STUDENT))
+        student = without_working(islice(problems, WARMSTART_STUDENT), args.seed)
+        write(args.target / "work/warmstart_student.jsonl", "student", student)
         write(args.target / "work/warmstart_teacher.jsonl", "teacher", islice(problems, WARMSTART_TEACHER))
 
 
@@ -53,6 +57,14 @@ def distinct_problems(seed: int) -> Iterator[dict[str, str]]:
         if entry["question"] not in seen:
             seen.add(entry["question"])
             yield {"prompt": entry["question"] + "\n", "answer": entry["answer"], "solution": worked_solution(dataset, entry)}
+
+
+def without_working(problems: Iterator[dict[str, str]], seed: int) -> Iterator[dict[str, str]]:
+    """A share of the solutions cut down to their last sentence."""
+    rng = random.Random(seed)
+    for problem in problems:
+        bare = rng.random() < BARE_SHARE
+        yield {**problem, "solution": f"The answer is {problem['answer']}"} if bare else problem
 
 
 def worked_solution(dataset: Any, entry: dict[str, Any]) -> str:

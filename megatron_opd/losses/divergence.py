@@ -5,8 +5,8 @@ maximum; Z_p, Z_q the sums of their exponentials over the whole vocabulary; c to
 costs one MAX and one packed SUM over the shard's group, generalised JSD one SUM more. Gradients are written out, never left to
 autograd: autograd through a plain all-reduce of Z_p gives the exact loss and a wrong gradient.
 
-All tensors are fp32 or fp64. What takes :class:`Logits` or a :class:`LocalSoftmax` may overwrite them: at V = 152k memory traffic,
-and on CPU the page faults of fresh memory, are the price of everything here.
+All tensors are fp32 or fp64. What takes :class:`Logits` or a :class:`LocalSoftmax` may overwrite them: at V = 152k memory
+traffic, and on CPU the page faults of fresh memory, are the price of everything here.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def rollout_loss(
 ) -> tuple[RolloutValues, Tensor]:
     """The OPD and reference terms, and the gradient [c, size] of their weighted sum with respect to the student's logits.
 
-    The logits, each [c, size], are overwritten, the gradient lies in their memory. Without a teacher there is no OPD term, without
-    a reference no reference term.
+    The logits, each [c, size], are overwritten, the gradient lies in their memory. Without a teacher there is no OPD term,
+    without a reference no reference term.
     """
     present = (logits for logits in (student_logits, teacher_logits, reference_logits) if logits is not None)
     shard.subtract_row_max_(*(logits.scale_(temperature) for logits in present))

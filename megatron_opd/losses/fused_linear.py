@@ -31,8 +31,8 @@ from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.vocab_parallel import statistics_dtype
 from megatron_opd.types import OpdKind
 
-# Of working memory for the logits of all models. A GPU wants large products; a CPU wants what it just wrote still in the cache, as
-# far as the products, each of which streams the whole LM head, leave it a choice.
+# Of working memory for the logits of all models. A GPU wants large products; a CPU wants what it just wrote still in the cache,
+# as far as the products, each of which streams the whole LM head, leave it a choice.
 _CHUNK_BYTES = 256 * 2**20
 _CHUNK_BYTES_CPU = 4 * 2**20
 _FEWEST_CHUNK_TOKENS = 128

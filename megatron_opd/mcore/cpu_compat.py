@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
@@ -231,7 +233,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        update = torch.optim._functional.adamw if self.adam_w_mode else torch.optim._functional.adam
+        update = adamw if self.adam_w_mode else adam
         for group in self.param_groups:
             if not group["params"]:
                 continue

@@ -31,7 +31,7 @@ class _Recorder(TorchDispatchMode):
         self.all_reduces += func is torch.ops.c10d.allreduce_.default
         if isinstance(result, torch.Tensor):
             self.shapes.add(tuple(result.shape))
-            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
                 self.products.append(tuple(result.shape))
         return result
 

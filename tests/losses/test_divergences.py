@@ -165,3 +165,32 @@ def test_inputs_are_left_as_they_were() -> None:
     before = student.clone(), teacher.clone()
     vocab_parallel_divergence(student, teacher, kind="jsd", temperature=2.0)
     torch.testing.assert_close((student, teacher), before, rtol=0, atol=0)
+
+
+def test_second_backward_is_refused_because_the_first_consumed_the_gradients() -> None:
+    problem = make_problem(24)
+    hidden = problem.hidden.clone().requires_grad_()
+    value = fused_linear_divergence(
+        hidden, problem.head, problem.teacher_hidden, problem.teacher_head, problem.batch.rollout_weights, kind="reverse_kl"
+    )
+    value.backward(retain_graph=True)
+    assert hidden.grad is not None
+    first = hidden.grad.clone()
+    with pytest.raises(RuntimeError, match="second backward"):
+        value.backward()
+    torch.testing.assert_close(hidden.grad, first, rtol=0, atol=0)
+
+
+def test_teacher_of_another_dtype_is_computed_in_its_own() -> None:
+    problem = make_problem(24)
+    exact, rounded = problem.to(torch.float32), problem.to(torch.bfloat16)
+
+    def value(teacher: Problem) -> Tensor:
+        weights = problem.batch.rollout_weights
+        return fused_linear_divergence(
+            exact.hidden, exact.head, teacher.teacher_hidden, teacher.teacher_head, weights, kind="reverse_kl"
+        )
+
+    assert value(rounded).dtype == torch.float32
+    torch.testing.assert_close(value(rounded), value(exact), rtol=2e-2, atol=0)
+    assert value(rounded) != value(exact)  # the product's result was rounded

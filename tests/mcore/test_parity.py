@@ -103,7 +103,7 @@ def test_written_folder_loads_in_transformers_and_generates(tmp_path: Path) -> N
     original = make_model(tmp_path / "source", "qwen3", tied=True)
     source = HFFolder(tmp_path / "source")
     write_hf_folder(((name, source.tensor(name)) for name in source.files), source.path, tmp_path / "copy", torch.float32)
-    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    copy: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     prompt = torch.tensor([SEQUENCES[0]])
     assert torch.equal(copy(prompt).logits, original(prompt).logits)
     assert copy.generate(prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt.shape[1]

@@ -88,7 +88,7 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
         + objective.gold_weight * sums["gold_sft"]
     )
     loss.backward()
-    grads = {name: p.grad for name, p in policy.named_parameters()}
+    grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     return {name: value.item() for name, value in {**sums, "loss": loss}.items()}, grads
 
 
