@@ -61,13 +61,14 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
     if state.step == 0:
         _evaluate_start(config, inputs, system, state, reporter)
     sampling = config.sampling(inputs.stop_ids, inputs.loss_vocab_size)
+    teacher_sampling = config.sampling(inputs.teacher_stop_ids, inputs.loss_vocab_size)
     clock = Clock()
 
     while state.step < config.run.steps:
         prompts = system.dataset.next(state.cursor, config.data.prompts_per_step)
         plan = system.mixture.assign(prompts, state.step)  # prompt → who writes its responses
         with clock.phase("rollout"):
-            rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
+            rollouts = collect(plan, system.engine, system.teacher_engine, sampling, teacher_sampling)
         alarms = system.monitors.observe(state.step + 1, rollouts)
         batches = pack(
             rollouts,

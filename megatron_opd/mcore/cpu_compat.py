@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import multiprocessing
 import queue
 import sys
 import types
@@ -42,7 +41,7 @@ def install() -> None:
     _cuda_tensor_types()
     _rng_tracker()
     _fused_adam()
-    _fork_checkpoint_queue()
+    _checkpoint_results_queue()
 
 
 def _stub_triton_only_module() -> None:
@@ -275,17 +274,14 @@ def _fused_adam() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
-def _fork_checkpoint_queue() -> None:
-    """The checkpoint writer starts its results queue by spawn, which imports torch and the main module again."""
+def _checkpoint_results_queue() -> None:
+    """The checkpoint writer gets its results through a spawned manager process, which imports torch and the main module again.
+
+    Our saves are synchronous, so a queue inside the process will do.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    created: list[queue.Queue[Any]] = []
-
-    def results_queue(*_: Any, **__: Any) -> queue.Queue[Any]:
-        if not created:
-            created.append(multiprocessing.get_context("fork").Manager().Queue())
-        return created[0]
-
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16, 0.19
         if hasattr(filesystem_async, name):
-            setattr(filesystem_async, name, results_queue)
+            setattr(filesystem_async, name, lambda *_, **__: results)

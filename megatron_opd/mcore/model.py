@@ -27,7 +27,7 @@ from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError, PackedBatch
 
-_ROWS_PER_RANK = 16  # FP8 matrix products need multiples of 16
+_VOCAB_MULTIPLE = 128  # as Megatron-LM pads
 _EXACT_ROPE = ("default", "linear", "llama3")  # kinds that are a change of the inverse frequencies alone
 
 
@@ -76,7 +76,11 @@ class ModelSpec:
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    multiple = _ROWS_PER_RANK * tp
+    """The same for every power of two up to tp=8, so that checkpoints move between those layouts with equal shapes.
+
+    A shard keeps a multiple of 16 rows, which FP8 matrix products need.
+    """
+    multiple = math.lcm(_VOCAB_MULTIPLE, 16 * tp)
     return math.ceil(vocab_size / multiple) * multiple
 
 

@@ -43,7 +43,7 @@ OTHER_SPLITS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A student and a teacher of another width and depth; 101 ids, padded to 112 at tp1 and to 128 at tp2."""
+    """A student and a teacher of another width and depth; 101 ids, padded to 128."""
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "student", "qwen3", tied=True, layers=2, seed=1)
     make_model(folder / "teacher", "llama", layers=4, hidden=64, seed=2)

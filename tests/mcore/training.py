@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 from megatron_opd.config import OptimizerConfig, ParallelConfig
 from megatron_opd.data import pack
 from megatron_opd.hf_folder import HFFolder
+from megatron_opd.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
-from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, Source, StepStats
+from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, Source, StepStats, TrainState
 from tests.mcore.worlds import build_student, open_layout
 
 STABLE_OPD = Objective(
@@ -66,7 +68,8 @@ def make_rollouts(seed: int, vocab_size: int) -> list[Rollout]:
 
 def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Platform) -> Trainer:
     model, spec = build_student(student, case.parallel, layout, platform)
-    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, distributed=case.distributed)
+    # Adam's first step is the gradient's sign: at eps 1e-8 the rounding noise of a gradient near 0 moves a weight by a whole lr.
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, eps=1e-4, distributed=case.distributed)
     vocab = spec.dims.vocab_size
     return Trainer(model, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, chunk_tokens=7)
 
@@ -78,18 +81,39 @@ def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Plat
 
 def train_steps(student: str, teacher: str, case: Case, steps: int) -> tuple[list[StepStats], dict[str, torch.Tensor]]:
     """``steps`` optimizer steps; the stats of each, and the weights after them by HF name."""
+    trainer, stats = _train(student, teacher, case, range(steps))
+    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    return stats, {name: tensor.clone() for name, tensor in weights}
+
+
+def save_after(student: str, teacher: str, case: Case, steps: int, folder: str) -> str:
+    """``steps`` optimizer steps and a checkpoint."""
+    trainer, _ = _train(student, teacher, case, range(steps))
+    return str(save_checkpoint(Path(folder), trainer, TrainState(step=steps), seed=1, keep=1))
+
+
+def resume_for_one_step(student: str, teacher: str, case: Case, checkpoint: str) -> StepStats:
+    """The step after the checkpoint."""
+    return _train(student, teacher, case, range(1), checkpoint)[1][0]
+
+
+def _train(
+    student: str, teacher: str, case: Case, steps: range, checkpoint: str | None = None
+) -> tuple[Trainer, list[StepStats]]:
     layout, platform = open_layout(case.parallel)
     trainer = build_trainer(student, case, layout, platform)
+    if checkpoint is not None:
+        done = load_checkpoint(Path(checkpoint), trainer).step
+        steps = range(done, done + len(steps))
     padded = trainer.spec.dims.padded_vocab_size
     teacher_scorer = build_scorer(teacher, case, layout, platform, padded)
     reference_scorer = build_scorer(student, case, layout, platform, padded)
     stats = []
-    for step in range(steps):
+    for step in steps:
         rollouts = make_rollouts(step, trainer.loss_vocab_size)
         batches = share(rollouts, case, layout)
         stats.append(trainer.step(batches, teacher_scorer.score(batches), reference_scorer.score(batches)))
-    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, layout)
-    return stats, {name: tensor.clone() for name, tensor in weights}
+    return trainer, stats
 
 
 def gradients(student: str, teacher: str, case: Case) -> tuple[StepStats, dict[str, torch.Tensor]]:
