@@ -94,7 +94,8 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
             record |= _evaluate(config, inputs, system.engine, inputs.stop_ids, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)
         _stop_if_needed(config, state, alarms, system)
-        if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
+        moved = state.step > state.skipped_steps  # before the first real step there is no optimizer state, and nothing to lose
+        if moved and (state.step % config.checkpoint.every == 0 or state.step == config.run.steps):
             _save(config, system, state)
     _finish(config, inputs, system, state, reporter)
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.checkpoint import latest_checkpoint
 from tests.conftest import Table
-from tests.mcore.training import Case, resume_for_one_step, save_after, train_steps
+from tests.mcore.training import Case, resume_for_one_step, save_after, save_lost_weights, train_steps
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
@@ -72,6 +72,12 @@ def test_next_step_agrees_when_a_checkpoint_moves_between_layouts(
         assert math.isclose(stats.grad_norm, uninterrupted[1], rel_tol=1e-5)
     figure = f"loss {stats.loss:.6f} ({uninterrupted[0]:.6f})"
     table.add("step after a checkpoint of another layout (and without interruption)", f"{one:10} -> {other:10}", figure)
+
+
+def test_lost_weights_are_not_saved_over_good_ones(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:
+    for message in pool.run(2, save_lost_weights, models[0], str(tmp_path)):
+        assert message.startswith("step 2: 1 weight tensors are not finite, not saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_torn_checkpoints_are_never_chosen(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
-from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, Source, StepStats, TrainState
+from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, RunStopped, Source, StepStats, TrainState
 from tests.mcore.worlds import build_student, open_layout
 
 STABLE_OPD = Objective(
@@ -68,7 +68,7 @@ def make_rollouts(seed: int, vocab_size: int) -> list[Rollout]:
 
 def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Platform) -> Trainer:
     model, spec = build_student(student, case.parallel, layout, platform)
-    # Adam's first step is the gradient's sign: at eps 1e-8 the rounding noise of a gradient near 0 moves a weight by a whole lr.
+    # Adam starts with the gradient's sign: at eps 1e-8 the rounding noise of a gradient near 0 moves a weight by a whole lr.
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, eps=1e-4, distributed=case.distributed)
     vocab = spec.dims.vocab_size
     return Trainer(model, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, chunk_tokens=7)
@@ -79,11 +79,15 @@ def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Plat
     return MegatronScorer(frozen)
 
 
+def hf_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    return {name: tensor.clone() for name, tensor in weights}
+
+
 def train_steps(student: str, teacher: str, case: Case, steps: int) -> tuple[list[StepStats], dict[str, torch.Tensor]]:
     """``steps`` optimizer steps; the stats of each, and the weights after them by HF name."""
     trainer, stats = _train(student, teacher, case, range(steps))
-    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
-    return stats, {name: tensor.clone() for name, tensor in weights}
+    return stats, hf_weights(trainer)
 
 
 def save_after(student: str, teacher: str, case: Case, steps: int, folder: str) -> str:
@@ -129,8 +133,7 @@ def gradients(student: str, teacher: str, case: Case) -> tuple[StepStats, dict[s
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)  # the mapping's own inverse brings them to HF names
-    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, layout)
-    return stats, {name: tensor.clone() for name, tensor in weights}
+    return stats, hf_weights(trainer)
 
 
 def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> list:
@@ -157,8 +160,20 @@ def weights_after_a_skipped_step(student: str, teacher: str, parallel: ParallelC
             old = batches[0].old_log_probs.where(batches[0].rollout_weights == 0, -torch.inf)
             batches[0] = replace(batches[0], old_log_probs=old)
         skipped.append(trainer.step(batches, scorer.score(batches), scorer.score(batches)).skipped)
-    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, layout)
-    return skipped, {name: tensor.clone() for name, tensor in weights}
+    return skipped, hf_weights(trainer)
+
+
+def save_lost_weights(student: str, folder: str) -> str:
+    """Save, then lose one weight and try to save again; the refusal."""
+    trainer, _ = _train(student, student, Case(parallel=ParallelConfig(tp=2)), range(1))
+    save_checkpoint(Path(folder), trainer, TrainState(step=1), seed=1, keep=1)
+    if trainer.layout.tp_rank == 1:
+        next(trainer.model.parameters()).data[0, 0] = torch.nan
+    try:
+        save_checkpoint(Path(folder), trainer, TrainState(step=2), seed=1, keep=1)
+    except RunStopped as error:
+        return str(error)
+    return "saved"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def test_log_probs_equal_a_dense_forward_pass(tmp_path: Path, arch: Arch, tied: 
         for rollout in rollouts:
             expected = teacher_forced(model, rollout, temperature)
             torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=1e-4, rtol=0)
+
+
+def test_ids_beyond_the_shared_vocabulary_do_not_exist(llama: tuple[Path, PreTrainedModel]) -> None:
+    """A model may have more rows than its tokenizer has ids: they are never sampled and take no probability."""
+    folder, model = llama
+    params = replace(sampling(30, temperature=1.5), vocab_size=40)
+    within = [[5 + i % 30 for i in range(1 + n)] for n in range(8)]
+    plan = [RolloutRequest(prompt(str(n), ids), Source.STUDENT, 0, n) for n, ids in enumerate(within)]
+    rollouts = engine(folder, batch=5).generate(plan, params)
+    assert max(token for rollout in rollouts for token in rollout.response_ids) in range(30, 40)
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1, :40]  # [R, 40]
+        expected = (logits / 1.5).log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=1e-4, rtol=0)
 
 
 def test_rollouts_do_not_depend_on_the_batch(llama: tuple[Path, PreTrainedModel]) -> None:
