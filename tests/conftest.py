@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import megatron_opd.mcore  # noqa: F401  # its CPU patches must stand before a worker's reply imports Megatron by name
 from tests.worker_pool import WorkerPool
 
 torch.set_num_threads(1)  # the order of reductions, hence the last bits, depends on it

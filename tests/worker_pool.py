@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -148,6 +149,8 @@ def _serve(connection: Connection) -> None:
     """A worker's life: jobs in, ``(succeeded, pickled result or traceback)`` out, until the pool goes away."""
     os.setsid()  # heads a process group, so that what it starts (Megatron's checkpoint writers) can be killed with it
     torch.set_num_threads(1)
+    # Megatron must never be imported before its CPU patches, and an argument made beside a patched Megatron may name it.
+    import_module("megatron_opd.mcore")
     connection.send_bytes(b"ready")
     while True:
         try:
