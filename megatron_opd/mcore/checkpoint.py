@@ -91,6 +91,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int
             "model": identity(trainer.spec),
             "seed": seed,
             "layout": _layout(trainer.layout),
+            "learning_rates": {key: trainer.optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")},
         }
         (partial / _STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier, resumed run
@@ -106,6 +107,9 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
     """Restore model, optimizer, schedule and random states. Collective over all ranks. Raises OpdError."""
     content = _read_state(path)
     same_layout = content["layout"] == _layout(trainer.layout)
+    configured = [{key: group[key] for key in _CONFIGURED} for group in trainer.optimizer.param_groups]
+    for group in trainer.optimizer.param_groups:
+        group.update(content["learning_rates"])  # 0.19 finds a saved parameter group by them
     wanted = _sharded_state(trainer, loading=True)
     if not same_layout:  # random states belong to the ranks of one layout
         del wanted["random"]
@@ -116,7 +120,6 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
             f"checkpoint {path}: cannot be loaded ({' '.join(str(error).split())}); delete it to use the one before"
         ) from error
     trainer.model.load_state_dict(loaded["model"])
-    configured = [{key: group[key] for key in _CONFIGURED if key in group} for group in trainer.optimizer.param_groups]
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     for group, values in zip(trainer.optimizer.param_groups, configured, strict=True):
         group.update(values)
