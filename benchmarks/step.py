@@ -35,9 +35,18 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_backward, forward_only
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
-from megatron_opd.types import LossOutput, Objective, PackedBatch, Prompt, Rollout, Source
+from megatron_opd.types import LossOutput, LossTerms, Objective, PackedBatch, Prompt, Rollout, Source
 
-OBJECTIVE = Objective("sampled", 0.2, 0.5, 1.0, 1.0, 0.0, 0.1, 0.01)
+OBJECTIVE = Objective(
+    opd="sampled",
+    clip=0.2,
+    beta=0.5,
+    temperature=1.0,
+    student_weight=1.0,
+    teacher_weight=0.0,
+    gold_weight=0.1,
+    reference_kl=0.01,
+)
 
 
 def main() -> None:
@@ -124,7 +133,9 @@ def our_step(
     objective = Objective(**{**vars(OBJECTIVE), "opd": opd})
     vocab, padded = spec.dims.vocab_size, spec.dims.padded_vocab_size
     optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
-    trainer = Trainer(model, spec, layout, objective, optimizer, total_steps=10**6, loss_vocab_size=vocab, chunk_tokens=None)
+    trainer = Trainer(
+        model, spec, layout, objective, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
+    )
     frozen = [
         MegatronScorer(FrozenModel(source, name, parallel, layout, platform, torch.float32, padded))
         for name in ("teacher", "reference")
@@ -145,7 +156,9 @@ def bare_step(
     spec = model_spec(source, parallel, "model")
     optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
     vocab = spec.dims.vocab_size
-    trainer = Trainer(student, spec, layout, OBJECTIVE, optimizer, total_steps=10**6, loss_vocab_size=vocab, chunk_tokens=None)
+    trainer = Trainer(
+        student, spec, layout, OBJECTIVE, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
+    )
 
     def frozen_logits(batch: PackedBatch) -> Tensor:
         return logits(frozen, batch)
@@ -177,7 +190,7 @@ def weighted_sum(batch: PackedBatch) -> Callable[[Tensor], LossOutput]:
     def loss(per_token: Tensor) -> LossOutput:
         value = per_token.flatten() @ weights
         zero = value.detach()
-        return LossOutput(value, zero, zero, zero, zero, zero, per_token.detach(), None)
+        return LossOutput(value, LossTerms(*[zero] * len(LossTerms._fields)), zero, zero, zero)
 
     return loss
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_opd.types import Aggregation, Objective, OpdError, OpdKind, SamplingParams
+from megatron_opd.types import Aggregation, Objective, OffPolicyTerm, OpdError, OpdKind, SamplingParams
 
 
 class _Section(BaseModel):
@@ -92,10 +92,20 @@ class MixtureConfig(_Section):
 
 class LossConfig(_Section):
     opd: OpdKind = "sampled"
-    clip: float = Field(default=0.2, gt=0, lt=1)  # epsilon; ours
+    clip: float | None = Field(default=0.2, gt=0, lt=1)  # epsilon; ours; null: importance sampling without clipping
     beta: float = Field(default=0.5, gt=0, lt=1)  # of jsd
+    alpha: float = Field(default=0.1, gt=0, lt=1)  # of the skew divergences
+    k: int = Field(default=32, ge=1)  # of the top-k divergences
     reference_kl: float = Field(default=0.01, ge=0)  # beta_KL; ours
     aggregation: Aggregation = "token"  # ours; it decides whether plain OPD collapses
+    stop_class: Literal["auto", "none"] = "auto"  # auto: the end tokens of student and teacher count as one
+    off_policy: OffPolicyTerm = "cross_entropy"  # on gold and teacher-written responses; divergence: GKD
+    extrapolation: float = Field(default=1.0, gt=0)  # ExOPD's lambda
+    teacher_mix: float = Field(default=1.0, gt=0, le=1)  # TOP-D's alpha
+    ratio_bounds: list[float] | None = Field(default=None, min_length=2, max_length=2)  # MOPD's, of pi_theta / pi_old
+    position_weight: float = Field(default=0.0, ge=0)  # IW-OPD's gamma
+    gated_forward_kl: float = Field(default=0.0, ge=0)  # EOPD's lambda
+    entropy_gate: float = Field(default=1.0, ge=0)  # EOPD's tau, nats; ours
     chunk_tokens: int | None = Field(default=None, ge=1)  # null: from a byte budget
 
 
@@ -147,6 +157,7 @@ class Config(_Section):
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = {}  # several, in place of one: each prompt names its own
     reference: ReferenceConfig | None = ReferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
     data: DataConfig
@@ -160,19 +171,34 @@ class Config(_Section):
     metrics: list[Literal["jsonl", "tensorboard", "wandb"]] = ["jsonl", "tensorboard"]
 
     @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By name; a single one has the name ""."""
+        return {"": self.teacher} if self.teacher is not None else self.teachers
+
+    @property
     def objective(self) -> Objective:
         """The loss's coefficients; a source without responses has weight 0."""
-        mixture = self.mixture
+        mixture, loss = self.mixture, self.loss
         rollouts = mixture.student > 0
         return Objective(
-            opd=self.loss.opd,
-            clip=self.loss.clip,
-            beta=self.loss.beta,
+            opd=loss.opd,
+            clip=loss.clip,
+            beta=loss.beta,
             temperature=self.rollout.sampling.temperature,
             student_weight=mixture.student_weight if rollouts else 0.0,
             teacher_weight=mixture.teacher_weight if mixture.teacher else 0.0,
             gold_weight=mixture.gold_weight if mixture.gold else 0.0,
-            reference_kl=self.loss.reference_kl if rollouts and self.reference is not None else 0.0,
+            reference_kl=loss.reference_kl if rollouts and self.reference is not None else 0.0,
+            alpha=loss.alpha,
+            k=loss.k,
+            merge_stop_class=loss.stop_class == "auto",
+            extrapolation=loss.extrapolation,
+            teacher_mix=loss.teacher_mix,
+            ratio_bounds=None if loss.ratio_bounds is None else (loss.ratio_bounds[0], loss.ratio_bounds[1]),
+            position_weight=loss.position_weight,
+            gated_forward_kl=loss.gated_forward_kl,
+            entropy_gate=loss.entropy_gate,
+            off_policy=loss.off_policy,
         )
 
     def sampling(self, stop_ids: tuple[int, ...], vocab_size: int) -> SamplingParams:
@@ -296,19 +322,26 @@ def _check_combinations(config: Config) -> None:
     ):
         if count and weight == 0:
             raise OpdError(f"mixture.{name}_weight: 0, but mixture.{name} is {count}; set mixture.{name}=0 or a weight above 0")
-    if config.teacher is None and mixture.student:
+    if config.teacher is not None and config.teachers:
+        raise OpdError(f"teachers: {', '.join(config.teachers)}, but teacher is set as well; remove one of the two sections")
+    if not config.all_teachers and mixture.student:
         raise OpdError("teacher: not set, but mixture.student > 0 needs its scores; set teacher.model or mixture.student=0")
-    if config.teacher is None and mixture.teacher:
+    if not config.all_teachers and mixture.teacher:
         raise OpdError("teacher: not set, but mixture.teacher > 0 needs it to write; set teacher.model or mixture.teacher=0")
-    if config.teacher is not None and config.teacher.backend == "sglang":
-        if loss.opd != "sampled":
-            raise OpdError(
-                f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but teacher.backend=sglang gives scores only; "
-                "set teacher.backend=megatron or loss.opd=sampled"
-            )
-        raise OpdError("teacher.backend: sglang is not supported yet; set teacher.backend=megatron")
+    if not config.all_teachers and config.objective.needs_teacher:
+        raise OpdError("teacher: not set, but loss.off_policy=divergence needs its scores; set teacher.model")
+    for name, teacher in config.all_teachers.items():
+        key = f"teachers.{name}" if name else "teacher"
+        if teacher.backend == "sglang":
+            if loss.opd != "sampled":
+                raise OpdError(
+                    f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but {key}.backend=sglang gives scores only; "
+                    f"set {key}.backend=megatron or loss.opd=sampled"
+                )
+            raise OpdError(f"{key}.backend: sglang is not supported yet; set {key}.backend=megatron")
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
+    _check_loss(config)
     if config.optimizer.warmup_steps >= config.run.steps:
         raise OpdError(
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below run.steps={config.run.steps}; lower it"
@@ -326,6 +359,30 @@ def _check_combinations(config: Config) -> None:
         raise OpdError(
             "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"
         )
+
+
+def _check_loss(config: Config) -> None:
+    """Options that the chosen OPD term would silently ignore."""
+    loss = config.loss
+    of_sampled = {
+        "extrapolation": loss.extrapolation != 1.0,
+        "teacher_mix": loss.teacher_mix != 1.0,
+        "ratio_bounds": loss.ratio_bounds is not None,
+        "position_weight": loss.position_weight > 0,
+        "gated_forward_kl": loss.gated_forward_kl > 0,
+    }
+    for name, used in of_sampled.items():
+        if used and loss.opd != "sampled":
+            raise OpdError(f"loss.{name}: changes the sampled-token term, but loss.opd is {loss.opd}; set loss.opd=sampled")
+    if loss.off_policy == "divergence" and loss.opd == "sampled":
+        raise OpdError(
+            "loss.off_policy: divergence needs one over the vocabulary, but loss.opd is sampled; set loss.opd=jsd, or "
+            "loss.off_policy=cross_entropy"
+        )
+    if loss.extrapolation != 1.0 and config.reference is None:
+        raise OpdError(f"loss.extrapolation: {loss.extrapolation}, but reference is null; set extrapolation=1 or a reference")
+    if loss.ratio_bounds is not None and not 0 <= loss.ratio_bounds[0] < 1 < loss.ratio_bounds[1]:
+        raise OpdError(f"loss.ratio_bounds: {loss.ratio_bounds}, but on-policy tokens have ratio 1; give low < 1 < high")
 
 
 def _one_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, resolve_model
+from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint, latest_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
@@ -27,13 +28,14 @@ class Inputs:
     """Checked inputs of a run."""
 
     student: HFFolder
-    teacher: HFFolder | None
+    teachers: dict[str, HFFolder]  # by name; a single one has the name ""
     reference: HFFolder | None
     student_spec: ModelSpec
     student_config: TransformerConfig
     tokenizer: Tokenizer
-    stop_ids: tuple[int, ...]
-    teacher_stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # that end a rollout of the student
+    teacher_stop_ids: dict[str, tuple[int, ...]]
+    stop_class: tuple[int, ...]  # the end tokens of student and teachers
     prompts: list[Prompt]
     heldout: list[Prompt]
     loss_vocab_size: int  # ids that student, teacher and reference share
@@ -52,36 +54,42 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
     if config.student.init == "pretrained":
         student.check_tensors()
-    teacher, reference = _frozen_folders(config, student)
+    teachers, reference = _frozen_folders(config, student)
+    frozen = [(folder, f"teachers.{name}.model" if name else "teacher.model") for name, folder in teachers.items()]
+    if reference is not None:
+        frozen.append((reference, "reference.model"))
     specs = [student_spec]
-    for folder, key in ((teacher, "teacher.model"), (reference, "reference.model")):
-        if folder is not None:
-            specs.append(model_spec(folder, parallel, key))
-            folder.check_tensors()
+    for folder, key in frozen:
+        specs.append(model_spec(folder, parallel, key))
+        folder.check_tensors()
 
     tokenizer = load_tokenizer(student.path)
-    stops = teacher_stops = stop_ids(student.path, tokenizer)
-    for folder in (teacher, reference):
-        if folder is not None and folder.path != student.path:
+    for folder, _ in frozen:
+        if folder.path != student.path:
             check_same_tokenizer(tokenizer, load_tokenizer(folder.path), str(student.path), str(folder.path))
-    if teacher is not None:
-        teacher_stops = stop_ids(teacher.path, tokenizer)
+    own_stops = stop_ids(student.path, tokenizer)
+    teacher_stops = {name: stop_ids(folder.path, tokenizer) for name, folder in teachers.items()}
+    stop_class = tuple(sorted({*own_stops, *(index for stops in teacher_stops.values() for index in stops)}))
     vocab_size = min(spec.dims.vocab_size for spec in specs)
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= vocab_size:
         raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
 
-    prompts, heldout = _prompts(config, tokenizer, stops[0], min(spec.max_positions for spec in specs))
+    if config.loss.k > vocab_size and config.loss.opd in TOP_K_KINDS:
+        raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {vocab_size} ids; lower it")
+
+    prompts, heldout = _prompts(config, tokenizer, own_stops[0], min(spec.max_positions for spec in specs))
     resume, resume_step = _resume(config, student_spec)
     return Inputs(
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         reference=reference,
         student_spec=student_spec,
         student_config=student_config,
         tokenizer=tokenizer,
-        stop_ids=stops,
+        stop_ids=stop_class if config.objective.merge_stop_class else own_stops,
         teacher_stop_ids=teacher_stops,
+        stop_class=stop_class,
         prompts=prompts,
         heldout=heldout,
         loss_vocab_size=vocab_size,
@@ -100,10 +108,11 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         + ("Transformer Engine spec" if platform.transformer_engine else "local layer spec"),
         "layout": f"tp={parallel.tp} pp={parallel.pp} dp={inputs.dp_size} on {world_size} ranks",
         "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
-        "teacher": str(inputs.teacher.path) if inputs.teacher else "none",
+        "teacher": ", ".join(f"{name} {folder.path}".strip() for name, folder in inputs.teachers.items()) or "none",
         "reference": str(inputs.reference.path) if inputs.reference else "none",
         "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
-        "end tokens": f"student {list(inputs.stop_ids)}, teacher {list(inputs.teacher_stop_ids)}",
+        "end tokens": f"{list(inputs.stop_class)}, "
+        + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
         "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
         "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
         "objective": f"{objective.opd} x {objective.student_weight}, reference KL x {objective.reference_kl}, "
@@ -118,15 +127,15 @@ def dtype_of(config: Config) -> torch.dtype:
     return torch.float32 if config.student.dtype == "float32" else torch.bfloat16
 
 
-def _frozen_folders(config: Config, student: HFFolder) -> tuple[HFFolder | None, HFFolder | None]:
+def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFolder], HFFolder | None]:
     """Only the models that the objective or the mixture uses."""
     objective = config.objective
-    teacher = reference = None
-    if config.teacher is not None and (objective.needs_teacher or config.mixture.teacher):
-        teacher = HFFolder(resolve_model(config.teacher.model))
+    teachers, reference = {}, None
+    if objective.needs_teacher or config.mixture.teacher:
+        teachers = {name: HFFolder(resolve_model(teacher.model)) for name, teacher in config.all_teachers.items()}
     if config.reference is not None and objective.needs_reference:
         reference = HFFolder(resolve_model(config.reference.model)) if config.reference.model else student
-    return teacher, reference
+    return teachers, reference
 
 
 def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -144,6 +153,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         max_prompt_tokens=context - new_tokens,
         require_solutions=config.mixture.gold > 0,
         max_sequence_tokens=context if config.mixture.gold else None,
+        teachers=tuple(config.all_teachers) or ("",),
     )
     longest = max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts)
     budget = config.packing.max_tokens_per_microbatch
@@ -166,6 +176,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         max_prompt_tokens=positions - eval_tokens,
         require_solutions=False,
         limit=config.eval.limit,
+        teachers=tuple(config.all_teachers) or ("",),
     )
     _check_heldout(config, prompts, heldout)
     return prompts, heldout

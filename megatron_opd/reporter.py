@@ -62,19 +62,27 @@ class Reporter:
         """One optimizer step: the fixed names of metrics.jsonl, samples now and then, alarms and skips as messages."""
         if not self.active:
             return
-        objective = self.config.objective
+        objective, terms = self.config.objective, stats.terms
+        off_policy = "sft" if objective.off_policy == "cross_entropy" else "divergence"
+        on_policy = {
+            "loss/opd": terms.opd,
+            "policy/entropy": terms.entropy,
+            "policy/teacher_entropy": terms.teacher_entropy,
+            "policy/advantage": terms.advantage,
+            "policy/top1_agreement": terms.top1_agreement,
+            "policy/stop_log_prob": terms.stop_log_prob,
+            "policy/teacher_stop_log_prob": terms.teacher_stop_log_prob,
+            "policy/engine_gap_mean": terms.engine_gap,
+            "policy/engine_gap_max": stats.engine_gap_max,
+        }
         whole: Record = {
-            "loss": stats.loss,
-            "loss/opd": stats.opd if objective.student_weight else None,
-            "loss/reference_kl": stats.reference_kl if objective.reference_kl else None,
-            "loss/gold_sft": stats.gold_sft if objective.gold_weight else None,
-            "loss/teacher_sft": stats.teacher_sft if objective.teacher_weight else None,
+            "loss": terms.loss,
+            **(on_policy if objective.student_weight else dict.fromkeys(on_policy)),
+            "loss/reference_kl": terms.reference_kl if objective.reference_kl else None,
+            f"loss/gold_{off_policy}": terms.gold if objective.gold_weight else None,
+            f"loss/teacher_{off_policy}": terms.teacher_written if objective.teacher_weight else None,
             "grad_norm": stats.grad_norm,
             "learning_rate": stats.learning_rate,
-            "policy/entropy": stats.entropy if objective.student_weight else None,
-            "policy/advantage": stats.advantage if objective.student_weight else None,
-            "policy/engine_gap_mean": stats.engine_gap_mean if objective.student_weight else None,
-            "policy/engine_gap_max": stats.engine_gap_max if objective.student_weight else None,
             "policy_version": state.policy_version,
             "skipped_steps": state.skipped_steps,
             **record,
@@ -85,7 +93,8 @@ class Reporter:
             self.console.message(f"step {state.step}: held-out accuracy {record['eval/accuracy']:.1%}")
         if stats.skipped:
             self.console.message(
-                f"step {state.step}: skipped, non-finite loss or gradient ({state.consecutive_skips} in a row)"
+                f"step {state.step}: skipped, non-finite loss or gradient ({state.consecutive_skips} in a row"
+                + (f"; the student's logits are not finite on {terms.bad_student:.0f} tokens)" if terms.bad_student else ")")
             )
         for alarm in alarms:
             self.console.message(f"{alarm.level}: {alarm.message}")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_opd.config import Config
 from megatron_opd.data.mixture import Mixture
 from megatron_opd.data.prompts import PromptDataset
+from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.model import build_model, load_pretrained, load_random
 from megatron_opd.mcore.parallel import ParallelLayout
@@ -18,7 +19,9 @@ from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.monitoring.monitors import Monitors
 from megatron_opd.preflight import Inputs, dtype_of
 from megatron_opd.rollout.embedded import EmbeddedEngine
+from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.scoring.megatron import MegatronScorer
+from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.types import RolloutEngine, Scorer
 from megatron_opd.weight_sync.memory import MemorySync
 
@@ -43,14 +46,15 @@ def build_system(config: Config, inputs: Inputs, platform: Platform, layout: Par
     samples = config.mixture.student > 0 or config.eval is not None
     engine = _build_engine(config, inputs, platform, inputs.student.path, load=False) if samples else None
     teacher_writes = config.mixture.teacher > 0 or (config.eval is not None and config.eval.teacher)
-    teacher_path = inputs.teacher.path if inputs.teacher and teacher_writes else None
     return System(
         dataset=PromptDataset(inputs.prompts, config.run.seed),
         mixture=Mixture(config.mixture, config.run.seed),
         engine=engine,
-        teacher_engine=_build_engine(config, inputs, platform, teacher_path, load=True) if teacher_path else None,
-        teacher=_build_scorer(config, inputs, platform, layout, "teacher") if config.objective.needs_teacher else None,
-        reference=_build_scorer(config, inputs, platform, layout, "reference") if config.objective.needs_reference else None,
+        teacher_engine=_build_teacher_engine(config, inputs, platform) if inputs.teachers and teacher_writes else None,
+        teacher=_build_teacher(config, inputs, platform, layout) if config.objective.needs_teacher else None,
+        reference=_build_scorer(config, inputs, platform, layout, inputs.reference, "reference.model")
+        if inputs.reference
+        else None,
         trainer=trainer,
         weight_sync=MemorySync(trainer, engine) if engine else None,
         monitors=Monitors(config.monitors, config.rollout.sampling.max_new_tokens),
@@ -71,16 +75,32 @@ def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: P
         config.optimizer,
         total_steps=config.run.steps,
         loss_vocab_size=inputs.loss_vocab_size,
+        stop_ids=inputs.stop_class,
         chunk_tokens=config.loss.chunk_tokens,
     )
 
 
-def _build_scorer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, role: str) -> Scorer:
-    folder = inputs.teacher if role == "teacher" else inputs.reference
-    assert folder is not None  # preflight resolves every model that the objective needs
+def _build_teacher(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Scorer:
+    scorers = {
+        name: _build_scorer(config, inputs, platform, layout, folder, f"teachers.{name}.model" if name else "teacher.model")
+        for name, folder in inputs.teachers.items()
+    }
+    return scorers[""] if "" in scorers else RoutedScorer(scorers)
+
+
+def _build_scorer(
+    config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, folder: HFFolder, key: str
+) -> Scorer:
     padded = inputs.student_spec.dims.padded_vocab_size
     parallel, dtype = config.student.parallel, dtype_of(config)
-    return MegatronScorer(FrozenModel(folder, f"{role}.model", parallel, layout, platform, dtype, padded))
+    return MegatronScorer(FrozenModel(folder, key, parallel, layout, platform, dtype, padded))
+
+
+def _build_teacher_engine(config: Config, inputs: Inputs, platform: Platform) -> RoutedEngine:
+    engines = {
+        name: _build_engine(config, inputs, platform, folder.path, load=True) for name, folder in inputs.teachers.items()
+    }
+    return RoutedEngine(engines, inputs.teacher_stop_ids)
 
 
 def _build_engine(config: Config, inputs: Inputs, platform: Platform, folder: Path, *, load: bool) -> EmbeddedEngine:

@@ -61,14 +61,13 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
     if state.step == 0:
         _evaluate_start(config, inputs, system, state, reporter)
     sampling = config.sampling(inputs.stop_ids, inputs.loss_vocab_size)
-    teacher_sampling = config.sampling(inputs.teacher_stop_ids, inputs.loss_vocab_size)
     clock = Clock()
 
     while state.step < config.run.steps:
         prompts = system.dataset.next(state.cursor, config.data.prompts_per_step)
         plan = system.mixture.assign(prompts, state.step)  # prompt → who writes its responses
         with clock.phase("rollout"):
-            rollouts = collect(plan, system.engine, system.teacher_engine, sampling, teacher_sampling)
+            rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
         alarms = system.monitors.observe(state.step + 1, rollouts)
         batches = pack(
             rollouts,
@@ -91,7 +90,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
 
         record = {"rollout/accuracy": accuracy(rollouts), **system.monitors.summary(), **clock.record(stats.tokens)}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
-            record |= _evaluate(config, inputs, system.engine, inputs.stop_ids, state, "after")
+            record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)
         _stop_if_needed(config, state, alarms, system)
         moved = state.step > state.skipped_steps  # before the first real step there is no optimizer state, and nothing to lose
@@ -100,9 +99,9 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
     _finish(config, inputs, system, state, reporter)
 
 
-def _score(scorer: Scorer | None, batches: Sequence[PackedBatch]) -> FrozenScores:
+def _score(scorer: Scorer | None, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
     if scorer is None:
-        return FrozenScores(None, None)
+        return [FrozenScores() for _ in batches]
     with scorer.on_device():
         return scorer.score(batches)
 
@@ -136,20 +135,20 @@ def _evaluate_start(config: Config, inputs: Inputs, system: System, state: Train
     """Held-out accuracy of the student before the first step, and of the teacher."""
     if config.eval is None:
         return
-    record = _evaluate(config, inputs, system.engine, inputs.stop_ids, state, "before")
+    record = _evaluate(config, inputs, system.engine, state, "before")
     if config.eval.teacher and system.teacher_engine is not None:
-        _evaluate(config, inputs, system.teacher_engine, inputs.teacher_stop_ids, state, "teacher")
+        _evaluate(config, inputs, system.teacher_engine, state, "teacher")
         record["eval/teacher_accuracy"] = state.evaluations["teacher"]
     reporter.start(state, record)
 
 
 def _evaluate(
-    config: Config, inputs: Inputs, engine: RolloutEngine | None, stops: tuple[int, ...], state: TrainState, name: str
+    config: Config, inputs: Inputs, engine: RolloutEngine | None, state: TrainState, name: str
 ) -> dict[str, float | None]:
     """Evaluate on the held-out prompts, with the same draws each time; the accuracy is kept in ``state`` under ``name``."""
     assert config.eval is not None and engine is not None
     new_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
-    sampling = SamplingParams(config.eval.temperature, 1.0, new_tokens, stops, inputs.loss_vocab_size)
+    sampling = SamplingParams(config.eval.temperature, 1.0, new_tokens, inputs.stop_ids, inputs.loss_vocab_size)
     result = evaluate(engine, inputs.heldout, sampling, config.run.seed)
     assert result.accuracy is not None  # preflight refuses held-out prompts without answers
     state.evaluations[name] = result.accuracy

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -48,6 +48,7 @@ class Prompt:
     answer: str | None = None
     solution_ids: tuple[int, ...] | None = None  # the gold response, end token included
     solution: str | None = None
+    teacher: str = ""  # the one who scores and writes for it, where there are several
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class PackedBatch:
 
     The weight streams already carry the division by the *global* count of their own source (micro-batches x DP), so losses are
     plain weighted sums: no later division, no mean of means. A position has weight in at most one stream; prompt and padding
-    positions have none.
+    positions have none. All its prompts have the same teacher.
     """
 
     tokens: Tensor  # [T] int64
@@ -107,6 +108,7 @@ class PackedBatch:
     rollout_weights: Tensor  # [T] fp32, sums to 1 over the global batch (or to 0 when no student rollout is there)
     teacher_weights: Tensor  # [T] fp32, likewise for teacher-written responses
     gold_weights: Tensor  # [T] fp32, likewise for gold solutions
+    teacher: str = ""  # the name of the one who scores it
 
     @property
     def num_tokens(self) -> int:
@@ -115,76 +117,108 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class FrozenScores:
-    """What a frozen model says about this rank's micro-batches.
+    """What a frozen model says about a micro-batch; nothing on ranks that do not compute the loss (all but the last stage)."""
 
-    ``hidden[i]`` belongs to micro-batch i. Both fields are None on ranks that do not compute the loss (all but the last
-    pipeline stage).
-    """
-
-    hidden: list[Tensor] | None  # each [T, H], final-norm hidden states
-    lm_head: Tensor | None  # [V/tp, H], row shard in the student's tensor-parallel layout
+    hidden: Tensor | None = None  # [T, H] final-norm hidden states
+    lm_head: Tensor | None = None  # [V/tp, H], row shard in the student's tensor-parallel layout
 
 
-OpdKind = Literal["sampled", "reverse_kl", "forward_kl", "jsd"]
+OpdKind = Literal[
+    "sampled",
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skew_reverse_kl",
+    "skew_forward_kl",
+    "topk_reverse_kl",
+    "topk_forward_kl",
+    "local_support",
+]
 Aggregation = Literal["token", "response"]
+OffPolicyTerm = Literal["cross_entropy", "divergence"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The coefficients of L = w_s L_OPD + beta KL(student || reference) + lambda_t CE_teacher + lambda_gold CE_gold."""
+    """The coefficients of L = w_s L_OPD + beta KL(student || reference) + lambda_t CE_teacher + lambda_gold CE_gold.
+
+    The options are neighbouring methods', off by default; docs/numerics.md has a table.
+    """
 
     opd: OpdKind
-    clip: float  # epsilon of the clipped surrogate
+    clip: float | None  # epsilon of the clipped surrogate; None: importance sampling without clipping
     beta: float  # generalised JSD's beta
     temperature: float  # of every distribution in the loss: the sampling temperature
     student_weight: float
     teacher_weight: float
     gold_weight: float  # lambda_gold
     reference_kl: float  # beta_KL
+    alpha: float = 0.1  # of the skew divergences
+    k: int = 32  # of the top-k divergences
+    merge_stop_class: bool = True  # the end tokens of student and teacher count as one in the OPD term
+    extrapolation: float = 1.0  # lambda of ExOPD
+    teacher_mix: float = 1.0  # alpha of TOP-D
+    ratio_bounds: tuple[float, float] | None = None  # of pi_theta / pi_old; tokens outside are left out
+    position_weight: float = 0.0  # gamma of IW-OPD
+    gated_forward_kl: float = 0.0  # lambda of EOPD
+    entropy_gate: float = 0.0  # tau of EOPD, nats
+    off_policy: OffPolicyTerm = "cross_entropy"  # on responses that the student did not write
 
     @property
     def needs_teacher(self) -> bool:
-        return self.student_weight > 0
+        return self.student_weight > 0 or (self.off_policy == "divergence" and self.teacher_weight + self.gold_weight > 0)
 
     @property
     def needs_reference(self) -> bool:
-        return self.reference_kl > 0
+        return self.reference_kl > 0 or (self.student_weight > 0 and self.extrapolation != 1.0)
+
+
+Value = TypeVar("Value")
+
+
+class LossTerms(NamedTuple, Generic[Value]):
+    """Weighted sums over tokens, which micro-batches and data-parallel ranks add up; each term before its coefficient.
+
+    Divergences, entropies and log-probabilities in nats; from ``entropy`` to ``engine_gap`` rollout-weighted means once summed.
+    """
+
+    loss: Value
+    opd: Value
+    reference_kl: Value
+    teacher_written: Value  # cross-entropy, or the divergence, on teacher-written responses
+    gold: Value  # likewise on gold solutions
+    entropy: Value  # of the student
+    teacher_entropy: Value
+    advantage: Value  # the policy gradient's A; with another OPD term log pi_T(label) - log pi_old(label)
+    top1_agreement: Value  # share of positions where both models' likeliest token is the same
+    stop_log_prob: Value  # log of the student's probability of any end token
+    teacher_stop_log_prob: Value
+    engine_gap: Value  # |log pi_theta - log pi_old|
+    bad_student: Value  # tokens on which the model's logits hold NaN or infinity
+    bad_teacher: Value
+    bad_reference: Value
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """One micro-batch's loss: weighted sums, to be added over micro-batches and the data-parallel group.
-
-    Only ``loss`` carries a gradient. ``opd``, ``reference_kl``, ``teacher_sft`` and ``gold_sft`` are the terms before their
-    coefficients.
-    """
+    """One micro-batch's loss. Only ``loss`` carries a gradient."""
 
     loss: Tensor  # scalar
-    opd: Tensor  # scalar
-    reference_kl: Tensor  # scalar, nats
-    teacher_sft: Tensor  # scalar, nats
-    gold_sft: Tensor  # scalar, nats
-    entropy: Tensor  # scalar, nats: rollout-weighted entropy of the student
+    terms: LossTerms[Tensor]  # scalars
     log_probs: Tensor  # [T] nats, log pi_theta(label)
-    teacher_log_probs: Tensor | None  # [T] nats, log pi_T(label)
+    advantages: Tensor  # [T] nats, on rollout positions
+    engine_gap_max: Tensor  # scalar, nats
 
 
 @dataclass(frozen=True)
 class StepStats:
     """What one optimizer step reports; equal on all ranks."""
 
-    loss: float
-    opd: float
-    reference_kl: float
-    teacher_sft: float
-    gold_sft: float
-    entropy: float  # nats
+    terms: LossTerms[float]
     grad_norm: float
     learning_rate: float
     skipped: bool  # a non-finite loss or gradient: the weights did not move
-    advantage: float  # nats, rollout-weighted mean of log pi_T - log pi_old
-    engine_gap_mean: float  # nats, mean |log pi_theta - log pi_old| over rollout tokens
-    engine_gap_max: float  # nats
+    engine_gap_max: float  # nats, over rollout tokens
     tokens: int  # input positions of the global batch
 
 
@@ -245,7 +279,9 @@ class Scorer(Protocol):
         """Owns the phase in which the weights must be in device memory."""
         ...
 
-    def score(self, batches: Sequence[PackedBatch]) -> FrozenScores: ...
+    def score(self, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
+        """One for each micro-batch."""
+        ...
 
 
 class Tokenizer(Protocol):

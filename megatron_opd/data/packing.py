@@ -44,7 +44,7 @@ def pack(
     Longest first, each sequence goes to the rank with the least cost so far (linear plus attention FLOPs), so no rank exceeds
     the mean by more than one sequence; within a rank likewise to micro-batches of at most ``max_tokens`` tokens. All ranks
     get equally many micro-batches, which pipeline schedules need; where a rank has too few sequences the rest are fillers: one
-    sequence without weight. The result depends on the arguments alone.
+    sequence without weight. Prompts of different teachers never share a micro-batch. The result depends on the arguments alone.
 
     Args:
         pad_to_multiple: T of each micro-batch is a multiple of it (sequence parallelism: tp). The padding is a last sequence
@@ -66,8 +66,12 @@ def pack(
             f" {longest.rollout.source} response has {longest.length} tokens;"
             f" set it to {_round_up(longest.length, pad_to_multiple)} or more"
         )
-    micro_batches = _split(_spread(sequences, dp_size, _total_length(sequences)), capacity)
-    return [[_build(group, pad_to_multiple, filler_tokens) for group in rank] for rank in micro_batches]
+    packed: list[list[PackedBatch]] = [[] for _ in range(dp_size)]
+    for teacher in sorted({sequence.rollout.prompt.teacher for sequence in sequences}) or [""]:
+        own = [sequence for sequence in sequences if sequence.rollout.prompt.teacher == teacher]
+        for rank, groups in enumerate(_split(_spread(own, dp_size, _total_length(own)), capacity)):
+            packed[rank] += [_build(group, teacher, pad_to_multiple, filler_tokens) for group in groups]
+    return packed
 
 
 def _weigh(rollouts: Sequence[Rollout], aggregation: Aggregation) -> list[_Sequence]:
@@ -109,7 +113,7 @@ def _spread(sequences: Sequence[_Sequence], bins: int, capacity: int) -> list[li
     return groups
 
 
-def _build(sequences: Sequence[_Sequence], pad_to_multiple: int, filler_tokens: int) -> PackedBatch:
+def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, filler_tokens: int) -> PackedBatch:
     lengths = [sequence.length for sequence in sequences]
     padding = -sum(lengths) % pad_to_multiple if sequences else filler_tokens
     if padding:
@@ -142,6 +146,7 @@ def _build(sequences: Sequence[_Sequence], pad_to_multiple: int, filler_tokens: 
         rollout_weights=weights[Source.STUDENT],
         teacher_weights=weights[Source.TEACHER],
         gold_weights=weights[Source.GOLD],
+        teacher=teacher,
     )
 
 

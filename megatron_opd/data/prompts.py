@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,20 @@ def load_prompts(
     require_solutions: bool,
     limit: int | None = None,
     max_sequence_tokens: int | None = None,
+    teachers: Collection[str] = ("",),
 ) -> list[Prompt]:
     """Read and tokenise a UTF-8 JSONL file; with ``limit`` only its first lines.
 
     Each line is an object with ``prompt`` (str, encoded as it stands) or ``messages`` (a list of {role, content}, through the
     chat template), optionally ``answer`` (str), ``solution`` (str: a gold response; ``stop_id`` is appended) and ``id`` (str or
-    int; default: the line number). Other keys are ignored. An empty line is refused: it is most often a damaged file.
+    int; default: the line number), and ``teacher`` where there are several. Other keys are ignored. An empty line is refused:
+    it is most often a damaged file.
 
     Args:
         max_prompt_tokens: longest prompt allowed, tokens.
         require_solutions: every line must have ``solution``.
         max_sequence_tokens: longest prompt with its gold response allowed, tokens; None: any.
+        teachers: names to choose from in ``teacher``; a single "" is given to every prompt.
 
     Raises OpdError with ``file:line``.
     """
@@ -45,7 +48,7 @@ def load_prompts(
     line_of_uid: dict[str, int] = {}
     for number, line in enumerate(lines[:limit], start=1):
         where = f"{file}:{number}"
-        prompt = _parse(where, line, str(number), tokenizer, stop_id)
+        prompt = _parse(where, line, str(number), tokenizer, stop_id, teachers)
         if len(prompt.token_ids) > max_prompt_tokens:
             raise OpdError(
                 f"{where}: the prompt has {len(prompt.token_ids)} tokens, but the context leaves {max_prompt_tokens};"
@@ -105,7 +108,7 @@ class PromptDataset:
         return self._order
 
 
-def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop_id: int) -> Prompt:
+def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop_id: int, teachers: Collection[str]) -> Prompt:
     record = _decode(where, line)
     if ("prompt" in record) == ("messages" in record):
         problem = "both 'prompt' and 'messages'" if "prompt" in record else "neither 'prompt' nor 'messages'"
@@ -124,6 +127,9 @@ def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop
     uid = record.get("id", default_uid)
     if type(uid) not in (str, int):
         raise OpdError(f"{where}: 'id' is {uid!r}; it must be a string or an integer")
+    teacher = "" if "" in teachers else record.get("teacher")
+    if not isinstance(teacher, str) or teacher not in teachers:
+        raise OpdError(f"{where}: 'teacher' is {teacher!r}; name one of the config's teachers: {', '.join(teachers)}")
     return Prompt(
         uid=str(uid),
         token_ids=tuple(token_ids),
@@ -131,6 +137,7 @@ def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop
         answer=_string(where, record, "answer") if record.get("answer") is not None else None,
         solution_ids=None if solution is None else (*tokenizer.encode(solution, add_special_tokens=False), stop_id),
         solution=solution,
+        teacher=teacher,
     )
 
 

@@ -7,7 +7,8 @@ the student's gradients, which is the floor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,18 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_opd.losses.divergence import (
-    Logits,
-    OpdTerm,
-    RolloutTokens,
-    RolloutValues,
-    check_temperature,
-    label_loss,
-    make_divergence,
-    rollout_loss,
-)
+from megatron_opd.losses.chunk import ChunkLoss
+from megatron_opd.losses.divergence import check_temperature
+from megatron_opd.losses.rows import Tokens, TokenValues
 from megatron_opd.losses.shard import VocabShard
-from megatron_opd.losses.vocab_parallel import statistics_dtype
+from megatron_opd.losses.softmax import TorchSoftmax
+from megatron_opd.losses.stop_class import StopClass
+from megatron_opd.losses.vocab_parallel import check_finite, full_vocabulary_term, statistics_dtype
 from megatron_opd.types import OpdKind
 
 # Of working memory for the logits of all models. A GPU wants large products; a CPU wants what it just wrote still in the cache,
@@ -44,105 +40,87 @@ class Head(NamedTuple):
     hidden: Tensor  # [T, H]
     weight: Tensor  # [V/tp, H], all models' rows are split alike
 
-    def logits(self, positions: Tensor, buffers: Tensor) -> Logits:
-        """At ``positions`` [c], into ``buffers`` [2, chunk, size] of the statistics' dtype, by a product in the model's own."""
-        values, spare = buffers[:, : len(positions)]
+    def logits(self, positions: Tensor, buffer: Tensor) -> Tensor:
+        """[c, size] at ``positions`` [c], in ``buffer`` [chunk, size] of the statistics' dtype, by a product in the model's."""
+        values = buffer[: len(positions)]
         hidden, weight = self.hidden[positions], self.weight[: values.shape[1]]
-        if hidden.dtype == values.dtype:
-            torch.mm(hidden, weight.T, out=values)
-        else:
-            values.copy_(hidden @ weight.T)
-        return Logits(values, spare)
+        return torch.mm(hidden, weight.T, out=values) if hidden.dtype == values.dtype else values.copy_(hidden @ weight.T)
 
 
-class RolloutRows(NamedTuple):
-    """Positions with an OPD or reference term."""
+class Rows(NamedTuple):
+    """Positions with some weight, and the frozen models that their terms need."""
 
     positions: Tensor  # [R] int64
-    tokens: RolloutTokens  # each [R]
+    tokens: Tokens  # each [R]
+    teacher: Head | None = None
+    reference: Head | None = None
 
-
-class LabelRows(NamedTuple):
-    """Positions with a cross-entropy term."""
-
-    positions: Tensor  # [L] int64
-    labels: Tensor  # [L] int64
-    weights: Tensor  # [L]
+    @property
+    def models(self) -> int:
+        return 1 + (self.teacher is not None) + (self.reference is not None)
 
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """Everything but the student's own tensors. Positions in neither set of rows cost nothing."""
+    """Everything but the student's own tensors. Positions in none of the sets of rows cost nothing."""
 
-    rollout: RolloutRows
-    labels: LabelRows
-    teacher: Head | None
-    reference: Head | None
-    opd: OpdTerm
-    temperature: float
-    shard: VocabShard
+    rows: tuple[Rows, ...]
+    loss: ChunkLoss
     chunk_tokens: int | None  # None: from a byte budget
 
-    def __call__(self, student: Head) -> tuple[Tensor, RolloutValues, Tensor]:
-        """The loss (scalar), the rollout rows' values (each [R]) and the label rows' log p(label) [L], equal on all ranks.
+    def __call__(self, student: Head) -> tuple[Tensor, list[TokenValues]]:
+        """The loss (scalar) and the values of each set of rows (each [R]), equal on all ranks of the shard's group.
 
-        Only the loss carries a gradient. The hidden states' is complete on every rank of the shard's group, the LM head's is
-        the local shard's and exactly 0 on padding rows.
+        Only the loss carries a gradient. The hidden states' is complete on every rank of the group, the LM head's is the local
+        shard's and exactly 0 on padding rows.
         """
-        loss, rollout_values, label_log_probs = _LinearLossFunction.apply(*student, self)
-        return loss, RolloutValues(*rollout_values), label_log_probs
+        loss, *values = _LinearLossFunction.apply(*student, self)
+        return loss, [TokenValues(*each) for each in values]
 
-    def buffers(self, rows: int, models: int, student: Head) -> Tensor:
-        """[models, 2, chunk, size], for all chunks of ``rows`` tokens in turn.
+    @property
+    def chunks_in_flight(self) -> int:
+        """Two where a chunk's collectives can hide behind another's products."""
+        return 1 if self.loss.shard.group is None else 2
+
+    def buffers(self, rows: Rows, student: Head) -> Tensor:
+        """[chunks in flight, 2 * models, chunk, size]: logits and memory to work in, for all chunks of ``rows`` in turn.
 
         The chunk is the same on all ranks of the group: it depends on V/tp, not on the shard's true rows.
         """
         dtype = statistics_dtype(student.weight.dtype)
         budget = _CHUNK_BYTES_CPU if student.weight.is_cpu else _CHUNK_BYTES
-        affordable = budget // (2 * models * student.weight.shape[0] * dtype.itemsize)
-        chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(rows, 1))
-        return student.hidden.new_empty(models, 2, chunk, self.shard.size, dtype=dtype)
+        matrices = (self.chunks_in_flight, 2 * rows.models)
+        affordable = budget // (matrices[0] * matrices[1] * student.weight.shape[0] * dtype.itemsize)
+        chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(len(rows.positions), 1))
+        return student.hidden.new_empty(*matrices, chunk, self.loss.shard.size, dtype=dtype)
 
 
 class _LinearLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: LinearLoss) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: LinearLoss) -> tuple[Tensor, ...]:
         student, dtype = Head(hidden, weight), statistics_dtype(hidden.dtype)
-        loss = hidden.new_zeros((), dtype=dtype)
-        positions, tokens = job.rollout
-        label_positions, labels, weights = job.labels
-        gradients = _Gradients(student, job.shard, torch.cat([positions, label_positions]), *ctx.needs_input_grad[:2])
-
-        rollout_values = hidden.new_zeros(len(RolloutValues._fields), len(positions), dtype=dtype)
-        models = 1 + (job.teacher is not None) + (job.reference is not None)
-        buffers = job.buffers(len(positions), models, student)
-        for rows in _chunks(len(positions), buffers):
-            chunk = RolloutTokens(*(each[rows] for each in tokens))
-            values, logit_gradient = rollout_loss(
-                student.logits(positions[rows], buffers[0]),
-                None if job.teacher is None else job.teacher.logits(positions[rows], buffers[1]),
-                None if job.reference is None else job.reference.logits(positions[rows], buffers[-1]),
-                chunk,
-                job.opd,
-                job.temperature,
-                job.shard,
+        positions = torch.cat([rows.positions for rows in job.rows])
+        gradients = _Gradients(student, job.loss.shard, positions, *ctx.needs_input_grad[:2])
+        loss, done = hidden.new_zeros((), dtype=dtype), 0
+        all_values = []
+        for rows in job.rows:
+            count = len(rows.positions)
+            values = hidden.new_zeros(len(TokenValues._fields), count, dtype=dtype)
+            buffers = list(job.buffers(rows, student))
+            chunk = buffers[0].shape[1]
+            starts = range(0, count, chunk)
+            _interleave(
+                (_chunk(job.loss, student, rows, slice(i, i + chunk), buffers, values, gradients, done) for i in starts),
+                job.chunks_in_flight,
             )
-            rollout_values[:, rows] = torch.stack(values)
-            loss += chunk.opd_weights @ values.opd + chunk.reference_weights @ values.reference_kl
-            gradients.add(logit_gradient)
-
-        label_log_probs = hidden.new_zeros(len(label_positions), dtype=dtype)
-        buffers = job.buffers(len(label_positions), 1, student)
-        for rows in _chunks(len(label_positions), buffers):
-            logits = student.logits(label_positions[rows], buffers[0])
-            log_probs, logit_gradient = label_loss(logits, labels[rows], weights[rows], job.temperature, job.shard)
-            label_log_probs[rows] = log_probs
-            loss -= weights[rows] @ log_probs
-            gradients.add(logit_gradient)
-
+            opd, reference_kl, log_probs, *_ = TokenValues(*values)
+            loss += rows.tokens.opd_weights @ opd + rows.tokens.reference_weights @ reference_kl
+            loss -= rows.tokens.label_weights @ log_probs
+            all_values.append(values)
+            done += count
         ctx.gradients = gradients.complete()
-        ctx.mark_non_differentiable(rollout_values, label_log_probs)
-        return loss, rollout_values, label_log_probs
+        ctx.mark_non_differentiable(*all_values)
+        return loss, *all_values
 
     @staticmethod
     @once_differentiable
@@ -157,9 +135,47 @@ class _LinearLossFunction(torch.autograd.Function):
         return hidden, weight, None
 
 
-def _chunks(rows: int, buffers: Tensor) -> Iterator[slice]:
-    chunk = buffers.shape[2]
-    return (slice(start, start + chunk) for start in range(0, rows, chunk))
+def _chunk(
+    loss: ChunkLoss,
+    student: Head,
+    rows: Rows,
+    chunk: slice,
+    free_buffers: list[Tensor],
+    values: Tensor,
+    gradients: _Gradients,
+    first: int,
+) -> Generator[None, None, None]:
+    """One chunk from hidden states to ``values`` [k, R] and ``gradients``, which count the set's first row as ``first``."""
+    positions = rows.positions[chunk]
+    buffers = free_buffers.pop()
+    heads = [head for head in (student, rows.teacher, rows.reference) if head is not None]
+    logits = [head.logits(positions, buffer) for head, buffer in zip(heads, buffers, strict=False)]
+    softmax = TorchSoftmax(
+        student=logits[0],
+        teacher=logits[1] if rows.teacher is not None else None,
+        reference=logits[-1] if rows.reference is not None else None,
+        spare=buffers[len(heads) :, : len(positions)],
+    )
+    chunk_values, logit_gradient = yield from loss.run(softmax, rows.tokens.chunk(chunk))
+    torch.stack(chunk_values, out=values[:, chunk])
+    gradients.add(first + chunk.start, logit_gradient)
+    free_buffers.append(buffers)
+
+
+def _interleave(chunks: Iterator[Generator[None, None, None]], in_flight: int) -> None:
+    """Run the chunks, up to ``in_flight`` of them in turn: the order is the same on every rank, as collectives need it."""
+    running: deque[Generator[None, None, None]] = deque()
+    while True:
+        while len(running) < in_flight and (chunk := next(chunks, None)) is not None:
+            running.append(chunk)
+        if not running:
+            return
+        chunk = running.popleft()
+        try:
+            next(chunk)
+        except StopIteration:
+            continue
+        running.append(chunk)
 
 
 class _Gradients:
@@ -168,17 +184,15 @@ class _Gradients:
     def __init__(self, student: Head, shard: VocabShard, positions: Tensor, needs_hidden: bool, needs_weight: bool) -> None:
         hidden, weight = student
         dtype = statistics_dtype(hidden.dtype)
-        self._student, self._shard = student, shard
-        self._positions, self._done = positions, 0  # [N] of all chunks in turn
+        self._student, self._shard, self._positions = student, shard, positions
         self._rows = hidden.new_empty(len(positions), hidden.shape[1], dtype=dtype) if needs_hidden else None
         self._weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
 
-    def add(self, logit_gradient: Tensor) -> None:
-        """The next chunk: the gradient of the loss for the student's logits [c, size]."""
+    def add(self, start: int, logit_gradient: Tensor) -> None:
+        """The gradient of the loss for the student's logits [c, size] at positions ``start ..`` of all."""
         hidden, weight = self._student
         logit_gradient = logit_gradient.to(hidden.dtype)
-        chunk = slice(self._done, self._done + len(logit_gradient))
-        self._done = chunk.stop
+        chunk = slice(start, start + len(logit_gradient))
         if self._rows is not None:
             self._rows[chunk] = logit_gradient @ weight[: self._shard.size]
         if self._weight is not None:
@@ -215,6 +229,8 @@ def fused_linear_divergence(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     chunk_tokens: int | None = None,
+    alpha: float = 0.1,
+    k: int = 32,
 ) -> Tensor:
     """Sum over tokens of token_weight x (divergence + reference_coef x KL(student || reference)), in nats.
 
@@ -228,15 +244,14 @@ def fused_linear_divergence(
         teacher_hidden: [T, H_t].
         teacher_weight: [V/tp, H_t], the same rows.
         token_weights: [T]; tokens of weight 0 cost nothing.
-        kind: "reverse_kl", "forward_kl" or "jsd", see :func:`vocab_parallel_divergence`.
-        beta: of "jsd", 0 < beta < 1.
+        kind: as for :func:`vocab_parallel_divergence`, with ``beta``, ``alpha`` and ``k``.
         temperature: every distribution, the reference's too, is softmax(logits / temperature).
         reference_hidden: [T, H_r], needed where ``reference_coef`` is not 0.
         reference_weight: [V/tp, H_r], the same rows.
         vocab_size: the true global vocabulary; rows beyond it are ignored and get gradient 0. None: no padding.
         chunk_tokens: tokens whose logits are formed at once. None: from a byte budget.
 
-    Raises ValueError for arguments that do not fit.
+    Raises ValueError for arguments that do not fit, and for NaN or infinity in the logits, naming the model.
     """
     student = check_student("hidden", hidden, "weight", weight)
     teacher = check_frozen("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight, student)
@@ -247,17 +262,16 @@ def fused_linear_divergence(
         raise ValueError(f"token_weights: shape {list(token_weights.shape)}, but hidden has {len(hidden)} tokens; give [T]")
     positions = token_weights.detach().nonzero().squeeze(1)
     weights = token_weights.detach()[positions].to(statistics_dtype(hidden.dtype))
-    no_labels = torch.zeros_like(positions)
-    loss, _, _ = LinearLoss(
-        rollout=RolloutRows(positions, RolloutTokens(no_labels, torch.zeros_like(weights), weights, reference_coef * weights)),
-        labels=LabelRows(positions[:0], positions[:0], weights[:0]),
-        teacher=teacher,
-        reference=reference,
-        opd=make_divergence(kind, beta),
-        temperature=check_temperature(temperature),
-        shard=VocabShard.of(weight.shape[0], vocab_size, group),
+    shard = VocabShard.of(weight.shape[0], vocab_size, group)
+    nothing = torch.zeros_like(weights)
+    tokens = Tokens(torch.zeros_like(positions), nothing, weights, reference_coef * weights, nothing)
+    opd = full_vocabulary_term(kind, beta, alpha, k, shard.vocab_size)
+    loss, (values,) = LinearLoss(
+        rows=(Rows(positions, tokens, teacher, reference),),
+        loss=ChunkLoss(opd, StopClass((), False), check_temperature(temperature), shard),
         chunk_tokens=check_chunk_tokens(chunk_tokens),
     )(student)
+    check_finite(values)
     return loss
 
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
+
+
+class Pending(NamedTuple):
+    """A collective under way; between its start and ``wait`` there is time for another chunk's products."""
+
+    values: Tensor
+    work: Work | None  # None: done
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.values
 
 
 @dataclass(frozen=True)
@@ -15,10 +28,12 @@ class VocabShard:
     """Rows ``start .. start + size - 1`` of the true vocabulary; ``size`` may be 0 where a rank holds nothing but padding.
 
     ``group`` holds the other rows; None: there are none. Every reduction is collective over it: all ranks call it in step.
+    None of them is differentiable.
     """
 
     start: int
     size: int
+    vocab_size: int
     group: ProcessGroup | None
 
     @classmethod
@@ -34,41 +49,49 @@ class VocabShard:
                 f"vocab_size: {vocab_size}, but {ranks} ranks hold {rows} rows each; give the true size, 1 to {rows * ranks}"
             )
         start = rank * rows
-        return cls(start, min(max(true_rows - start, 0), rows), group if ranks > 1 else None)
+        return cls(start, min(max(true_rows - start, 0), rows), true_rows, group if ranks > 1 else None)
 
-    def subtract_row_max_(self, *logits: Tensor) -> None:
-        """In place, each [c, size]: subtract each row's maximum over the whole vocabulary. One MAX over [len(logits), c]."""
-        if self.size:
-            maxima = torch.stack([each.amax(-1) for each in logits])  # [k, c]
-        else:
-            maxima = logits[0].new_full((len(logits), logits[0].shape[0]), -torch.inf)
-        if self.group is not None:
-            dist.all_reduce(maxima, dist.ReduceOp.MAX, self.group)
-        for each, maximum in zip(logits, maxima, strict=True):
-            each.sub_(maximum[:, None])
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
 
-    def sum(self, *shares: Tensor) -> list[Tensor]:
-        """Each [c]: the sum of the ranks' shares. One SUM over [len(shares), c]; not differentiable."""
+    def max(self, packed: Tensor) -> Pending:
+        """[k, c]: the maxima over the ranks, in place."""
+        return self._reduce(packed, dist.ReduceOp.MAX)
+
+    def sum(self, packed: Tensor) -> Pending:
+        """[k, c]: the sums over the ranks, in place."""
+        return self._reduce(packed, dist.ReduceOp.SUM)
+
+    def gather(self, local: Tensor) -> Pending:
+        """[c, k] → [ranks, c, k]."""
         if self.group is None:
-            return list(shares)
-        packed = torch.stack(shares)  # [k, c]
-        dist.all_reduce(packed, group=self.group)
-        return list(packed)
+            return Pending(local[None], None)
+        gathered = local.new_empty(self.group.size(), *local.shape)
+        return Pending(gathered, dist.all_gather(list(gathered), local.contiguous(), self.group, async_op=True))
 
-    def pick(self, values: Tensor, labels: Tensor) -> Tensor:
-        """[c]: this rank's share of ``values[i, labels[i]]``, 0 where another rank owns the label. [c, size], [c] int64."""
+    def _reduce(self, packed: Tensor, operation: dist.ReduceOp.RedOpType) -> Pending:
+        work = None if self.group is None else dist.all_reduce(packed, operation, self.group, async_op=True)
+        return Pending(packed, work)
+
+    def row_max(self, logits: Tensor) -> Tensor:
+        """[c]: the maxima of this rank's [c, size]; -inf where it has no rows."""
+        return logits.amax(-1) if self.size else logits.new_full((len(logits),), -torch.inf)
+
+    def pick(self, values: Tensor, labels: Tensor, elsewhere: float = 0.0) -> Tensor:
+        """[c]: ``values[i, labels[i]]``, or ``elsewhere`` where another rank owns the label. [c, size], [c] int64."""
         if not self.size:
-            return values.new_zeros(values.shape[0])
-        columns, owned = self._locate(labels)
-        return values.gather(1, columns).squeeze(1).where(owned, 0.0)
+            return values.new_full((len(values),), elsewhere)
+        columns, owned = self.locate(labels)
+        return values.gather(1, columns[:, None]).squeeze(1).where(owned, elsewhere)
 
     def add_at_(self, values: Tensor, labels: Tensor, amounts: Tensor) -> None:
         """In place, ``values[i, labels[i]] += amounts[i]`` on the rank that owns the label. [c, size], [c] int64, [c]."""
         if self.size:
-            columns, owned = self._locate(labels)
-            values.scatter_add_(1, columns, amounts.where(owned, 0.0)[:, None])
+            columns, owned = self.locate(labels)
+            values.scatter_add_(1, columns[:, None], amounts.where(owned, 0.0)[:, None])
 
-    def _locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Local columns [c, 1], clamped into the shard, and whether they are this rank's [c]."""
+    def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Local columns, clamped into the shard, and whether they are this rank's; each in the shape of ``labels``."""
         local = labels - self.start
-        return local.clamp(0, self.size - 1)[:, None], (local >= 0) & (local < self.size)
+        return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)

@@ -19,9 +19,7 @@ from megatron_opd.losses import distillation_loss
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.schedule import forward_backward
-from megatron_opd.types import FrozenScores, LossOutput, Objective, PackedBatch, StepStats
-
-_NO_SCORES = FrozenScores(None, None)
+from megatron_opd.types import FrozenScores, LossOutput, LossTerms, Objective, PackedBatch, RunStopped, StepStats
 
 
 class Trainer:
@@ -37,11 +35,15 @@ class Trainer:
         *,
         total_steps: int,
         loss_vocab_size: int,
+        stop_ids: tuple[int, ...],
         chunk_tokens: int | None,
     ) -> None:
-        """``loss_vocab_size``: ids that student, teacher and reference share; rows beyond it take no part in the loss."""
+        """``loss_vocab_size``: ids that student, teacher and reference share; rows beyond it take no part in the loss.
+
+        ``stop_ids``: the end tokens of student and teacher.
+        """
         self.model, self.spec, self.layout, self.objective = model, spec, layout, objective
-        self.loss_vocab_size, self.chunk_tokens = loss_vocab_size, chunk_tokens
+        self.loss_vocab_size, self.stop_ids, self.chunk_tokens = loss_vocab_size, stop_ids, chunk_tokens
         self.ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed),
@@ -54,83 +56,78 @@ class Trainer:
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(
-        self, batches: Sequence[PackedBatch], teacher: FrozenScores = _NO_SCORES, reference: FrozenScores = _NO_SCORES
+        self, batches: Sequence[PackedBatch], teacher: Sequence[FrozenScores], reference: Sequence[FrozenScores]
     ) -> StepStats:
-        """One optimizer step on the global batch whose share of this data-parallel rank is ``batches``.
+        """One optimizer step on the global batch whose share of this data-parallel rank is ``batches``, with their scores.
 
-        A non-finite loss or gradient norm leaves weights, optimizer and learning rate as they were (``skipped``).
+        A non-finite loss or gradient norm leaves weights, optimizer and learning rate as they were (``skipped``). Raises
+        RunStopped, on all ranks, where a frozen model's logits are not finite: no later step could be better.
         """
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = [self._loss(i, batch, teacher, reference) for i, batch in enumerate(batches)]
+        losses = [self._loss(*each) for each in zip(batches, teacher, reference, strict=True)]
         outputs = forward_backward(self.ddp, self.model.forward_packed, batches, losses)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())  # over the model-parallel groups
-        sums = self._reduce(batches, outputs)
-        finite = math.isfinite(grad_norm) and bool(torch.isfinite(sums).all())
+        *sums, tokens, engine_gap_max = self._reduce(batches, outputs).tolist()
+        terms = LossTerms(*sums)
+        _check_frozen_models(terms)
+        finite = math.isfinite(grad_norm) and all(math.isfinite(each) for each in (*terms, engine_gap_max))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if finite:
             self.optimizer.step()
             self.schedule.step(1)
-        loss, opd, reference_kl, teacher_sft, gold_sft, entropy, advantage, gap, tokens, largest_gap = sums.tolist()
         return StepStats(
-            loss=loss,
-            opd=opd,
-            reference_kl=reference_kl,
-            teacher_sft=teacher_sft,
-            gold_sft=gold_sft,
-            entropy=entropy,
+            terms=terms,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped=not finite,
-            advantage=advantage,
-            engine_gap_mean=gap,
-            engine_gap_max=largest_gap,
+            engine_gap_max=engine_gap_max,
             tokens=round(tokens),
         )
 
-    def _loss(
-        self, index: int, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores
-    ) -> Callable[[Tensor], LossOutput]:
+    def _loss(self, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores) -> Callable[[Tensor], LossOutput]:
         def loss(hidden: Tensor) -> LossOutput:
             return distillation_loss(
                 hidden,
                 self.model.lm_head,
                 batch,
                 self.objective,
-                teacher_hidden=teacher.hidden[index] if teacher.hidden is not None else None,
+                teacher_hidden=teacher.hidden,
                 teacher_head=teacher.lm_head,
-                reference_hidden=reference.hidden[index] if reference.hidden is not None else None,
+                reference_hidden=reference.hidden,
                 reference_head=reference.lm_head,
                 vocab_size=self.loss_vocab_size,
                 group=self.layout.tp,
+                stop_ids=self.stop_ids,
                 chunk_tokens=self.chunk_tokens,
             )
 
         return loss
 
     def _reduce(self, batches: Sequence[PackedBatch], outputs: Sequence[LossOutput]) -> Tensor:
-        """[10] fp64 on CPU: nine sums over the data-parallel group and one maximum, made on the last stage, equal on all."""
+        """[terms + 2] fp64 on CPU: sums over the data-parallel group of the terms and of the input tokens, and the largest
+        engine gap, made on the last stage, equal on all."""
         device = next(self.model.parameters()).device
-        sums, largest = torch.zeros(9, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
+        sums = torch.zeros(len(LossTerms._fields) + 1, dtype=torch.float64, device=device)
+        largest = torch.zeros(1, dtype=torch.float64, device=device)
         for batch, output in zip(batches, outputs, strict=bool(outputs)):
-            weights = batch.rollout_weights.to(device)
-            sampled = weights > 0
-            gap = (output.log_probs - batch.old_log_probs.to(device)).abs().where(sampled, 0.0)  # [T] nats
-            advantage = torch.zeros((), device=device)
-            if output.teacher_log_probs is not None:
-                advantage = ((output.teacher_log_probs - batch.old_log_probs.to(device)).where(sampled, 0.0) * weights).sum()
-            terms = (output.loss, output.opd, output.reference_kl, output.teacher_sft, output.gold_sft, output.entropy)
             tokens = torch.tensor(float(batch.num_tokens), device=device)
-            sums += torch.stack([t.detach().double() for t in (*terms, advantage, (gap * weights).sum(), tokens)])
-            largest = torch.maximum(largest, gap.max().double())
+            sums += torch.stack([each.double() for each in (*output.terms, tokens)])
+            largest = torch.maximum(largest, output.engine_gap_max.double())
         dist.all_reduce(sums, group=self.layout.dp)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp)
         total = torch.cat([sums, largest])
         if self.layout.pp_size > 1:
             dist.broadcast(total, self.layout.last_stage, group=self.layout.pp)
         return total.cpu()
+
+
+def _check_frozen_models(terms: LossTerms[float]) -> None:
+    for model, count in (("teacher", terms.bad_teacher), ("reference", terms.bad_reference)):
+        if count:
+            raise RunStopped(f"{model}.model: NaN or infinite logits on {count:.0f} tokens of the step; check its weights")
 
 
 def _sum_gradients(models: list[Any], num_tokens: Tensor | None, *args: Any, **kwargs: Any) -> None:

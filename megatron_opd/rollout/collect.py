@@ -13,16 +13,13 @@ def collect(
     student_engine: RolloutEngine | None,
     teacher_engine: RolloutEngine | None,
     sampling: SamplingParams,
-    teacher_sampling: SamplingParams,
 ) -> list[Rollout]:
     """The plan's rollouts in the plan's order; collective where the engines are. Gold solutions need no engine.
-
-    ``teacher_sampling`` differs in its end tokens where the two models were taught different ones.
 
     Raises:
         OpdError: the plan asks for a source that has no engine, a gold solution is missing, or an engine refuses a request.
     """
-    engines = {Source.STUDENT: (student_engine, sampling), Source.TEACHER: (teacher_engine, teacher_sampling)}
+    engines = {Source.STUDENT: student_engine, Source.TEACHER: teacher_engine}
     rollouts: dict[int, Rollout] = {}  # by position in the plan
     for source in Source:
         places = [place for place, request in enumerate(plan) if request.source is source]
@@ -32,11 +29,11 @@ def collect(
         if source is Source.GOLD:
             written = [gold_rollout(request) for request in requests]
         else:
-            engine, params = engines[source]
+            engine = engines[source]
             if engine is None:
                 raise OpdError(
                     f"mixture.{source}: asks for responses, but no engine holds the {source}; set mixture.{source}=0"
                 )
-            written = engine.generate(requests, params)
+            written = engine.generate(requests, sampling)
         rollouts.update(zip(places, written, strict=True))
     return [rollouts[place] for place in range(len(plan))]

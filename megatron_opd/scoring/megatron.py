@@ -20,5 +20,8 @@ class MegatronScorer:
         """The weights stay where they are: one owner for the phase, so that offloading has a place to be."""
         yield
 
-    def score(self, batches: Sequence[PackedBatch]) -> FrozenScores:
-        return FrozenScores(self.model.hidden_states(batches), self.model.lm_head)
+    def score(self, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
+        hidden = self.model.hidden_states(batches)
+        if hidden is None:
+            return [FrozenScores() for _ in batches]
+        return [FrozenScores(each, self.model.lm_head) for each in hidden]

@@ -9,17 +9,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.audit import oracle
 from megatron_opd.losses import distillation_loss, fused_linear_divergence, vocab_parallel_divergence
 from megatron_opd.types import LossOutput, Objective, OpdKind, PackedBatch
-from tests.losses import oracle
 
 PADDED_VOCAB = 24  # rows of every LM head: 12 a rank at TP2, 6 at TP4
 VOCABS = (24, 21, 11)  # no padding, padding on the last rank, ranks that hold nothing but padding
-KINDS: tuple[OpdKind, ...] = ("reverse_kl", "forward_kl", "jsd")
+KINDS: tuple[OpdKind, ...] = (
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skew_reverse_kl",
+    "skew_forward_kl",
+    "topk_reverse_kl",
+    "topk_forward_kl",
+    "local_support",
+)
+PARAMETERS: dict[str, Any] = {"beta": 0.3, "alpha": 0.2, "k": 3}
+STOP_IDS = (4, 10)  # on different ranks at TP4; below the smallest vocabulary
 OBJECTIVE = Objective(
     opd="sampled",
     clip=0.2,
-    beta=0.3,
+    **PARAMETERS,
     temperature=0.7,
     student_weight=0.9,
     teacher_weight=0.6,
@@ -94,7 +105,7 @@ def make_problem(vocab_size: int, seed: int = 0) -> Problem:
     return Problem(hidden, student_head, normal(total, 12), head(12), normal(total, 6), head(6), batch, vocab_size)
 
 
-def dense_objective(problem: Problem, objective: Objective) -> tuple[oracle.Terms, Result]:
+def dense_objective(problem: Problem, objective: Objective, stop_ids: tuple[int, ...] = ()) -> tuple[oracle.Terms, Result]:
     """The oracle's terms and gradients, in the problem's own dtype."""
     hidden, head = problem.hidden.clone().requires_grad_(), problem.head.clone().requires_grad_()
     terms = oracle.distillation(
@@ -104,13 +115,16 @@ def dense_objective(problem: Problem, objective: Objective) -> tuple[oracle.Term
         problem.batch,
         objective,
         problem.vocab_size,
+        stop_ids,
     )
     terms.loss.backward()
     assert hidden.grad is not None and head.grad is not None
     return terms, Result({k: v.detach() for k, v in vars(terms).items()}, hidden.grad, head.grad)
 
 
-def sharded_objective(problem: Problem, objective: Objective, chunk_tokens: int | None) -> Result:
+def sharded_objective(
+    problem: Problem, objective: Objective, chunk_tokens: int | None, stop_ids: tuple[int, ...] = ()
+) -> Result:
     """:func:`distillation_loss` on this rank's rows; without a process group on all of them."""
     hidden, head = problem.hidden.clone().requires_grad_(), _rows(problem.head).requires_grad_()
     output = distillation_loss(
@@ -124,6 +138,7 @@ def sharded_objective(problem: Problem, objective: Objective, chunk_tokens: int 
         reference_head=_rows(problem.reference_head),
         vocab_size=problem.vocab_size,
         group=_group(),
+        stop_ids=stop_ids,
         chunk_tokens=chunk_tokens,
     )
     output.loss.backward()
@@ -141,7 +156,7 @@ def sharded_fused(problem: Problem, kind: OpdKind, reference_coef: float, chunk_
         _rows(problem.teacher_head),
         problem.batch.rollout_weights,
         kind=kind,
-        beta=OBJECTIVE.beta,
+        **PARAMETERS,
         temperature=OBJECTIVE.temperature,
         reference_hidden=problem.reference_hidden,
         reference_weight=_rows(problem.reference_head),
@@ -156,7 +171,7 @@ def sharded_fused(problem: Problem, kind: OpdKind, reference_coef: float, chunk_
 
 
 def sharded_divergence(
-    student: Tensor, teacher: Tensor, weights: Tensor, kind: OpdKind, beta: float, temperature: float, vocab_size: int
+    student: Tensor, teacher: Tensor, weights: Tensor, kind: OpdKind, temperature: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """:func:`vocab_parallel_divergence` on this rank's columns of [T, V]: the values [T], their weighted sum's gradient."""
     logits = _rows(student.T).T.contiguous().requires_grad_()
@@ -164,7 +179,7 @@ def sharded_divergence(
         logits,
         _rows(teacher.T).T,
         kind=kind,
-        beta=beta,
+        **PARAMETERS,
         temperature=temperature,
         vocab_size=vocab_size,
         group=_group(),
@@ -193,7 +208,8 @@ def _group() -> dist.ProcessGroup | None:
 
 
 def _detached(output: LossOutput) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in vars(output).items() if value is not None}
+    values = {"log_probs": output.log_probs, "advantages": output.advantages, "engine_gap_max": output.engine_gap_max}
+    return {name: value.detach() for name, value in (output.terms._asdict() | values).items()}
 
 
 def with_objective(**changes: Any) -> Objective:

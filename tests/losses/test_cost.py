@@ -85,5 +85,6 @@ def _collectives(problem: Problem, objective: Objective, chunk_tokens: int) -> t
 def test_chunk_costs_a_max_and_a_sum_and_the_hidden_gradient_is_reduced_once(pool: WorkerPool, kind: OpdKind) -> None:
     problem = make_problem(11)  # a rank without true rows must keep step
     rollout_chunks, label_chunks = 4, 3
-    expected = (2 + (kind == "jsd")) * rollout_chunks + 2 * label_chunks + 1
+    more = kind in ("jsd", "skew_reverse_kl", "skew_forward_kl")
+    expected = (2 + more) * rollout_chunks + 2 * label_chunks + 1
     assert pool.run(2, _collectives, problem, with_objective(opd=kind), 4) == [(expected, 0)] * 2

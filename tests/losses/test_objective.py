@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_opd.audit import oracle
 from megatron_opd.types import Objective, OpdKind
-from tests.losses import oracle
 from tests.losses.problems import (
     KINDS,
     OBJECTIVE,
@@ -25,7 +25,19 @@ from tests.losses.problems import (
 from tests.worker_pool import WorkerPool
 
 ALL_KINDS: tuple[OpdKind, ...] = ("sampled", *KINDS)
-SCALARS = ("loss", "opd", "reference_kl", "teacher_sft", "gold_sft", "entropy")
+SCALARS = (
+    "loss",
+    "opd",
+    "reference_kl",
+    "teacher_written",
+    "gold",
+    "entropy",
+    "teacher_entropy",
+    "advantage",
+    "top1_agreement",
+    "stop_log_prob",
+    "teacher_stop_log_prob",
+)
 TP_SIZES = (1, 2, pytest.param(4, marks=pytest.mark.slow))
 
 
@@ -49,7 +61,7 @@ def _assert_agree(ours: Result, dense: Result, problem: Problem, tolerance: floa
         close(ours.output[name], dense.output[name])
     close(ours.output["log_probs"], dense.output["log_probs"].where(_weighted(problem), 0.0))
     sampled = problem.batch.rollout_weights > 0
-    close(ours.output["teacher_log_probs"], dense.output["teacher_log_probs"].where(sampled, 0.0))
+    close(ours.output["advantages"], dense.output["advantages"].where(sampled, 0.0))
     close(ours.hidden_grad, dense.hidden_grad)
     close(ours.head_grad, dense.head_grad)
     assert not ours.head_grad[problem.vocab_size :].any()
@@ -122,7 +134,7 @@ def test_clip_stops_the_gradient_exactly_where_the_ratio_left_the_interval_in_th
     sampled = problem.batch.rollout_weights > 0
     old = problem.batch.old_log_probs.double()
     ratio = (ours.output["log_probs"] - old).exp()
-    advantage = ours.output["teacher_log_probs"] - old
+    advantage = ours.output["advantages"]
     clipped = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
     outside = (ratio - 1).abs() > 0.2
     for case in (clipped, outside & ~clipped, ~outside):  # the batch holds all three
@@ -180,7 +192,7 @@ def test_gold_alone_needs_no_frozen_model(pool: WorkerPool, tp: int) -> None:
     torch.testing.assert_close(ours.output["loss"], dense.output["loss"])
     torch.testing.assert_close(ours.hidden_grad, dense.hidden_grad)
     torch.testing.assert_close(ours.head_grad, dense.head_grad)
-    assert "teacher_log_probs" not in ours.output
+    assert not ours.output["advantages"].any()
 
 
 def test_reference_term_alone_needs_no_teacher() -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.losses import oracle
-from tests.losses.problems import make_problem, sharded_divergence
+from megatron_opd.audit import oracle
+from tests.losses.problems import PARAMETERS, make_problem, sharded_divergence
 from tests.worker_pool import WorkerPool
 
 
@@ -53,7 +53,7 @@ def _autograd_all_gather(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tens
     """Reverse KL that every rank computes whole, from gathered logits."""
     logits = student.chunk(dist.get_world_size(), -1)[dist.get_rank()].clone().requires_grad_()
     whole = _Gather.apply(logits)
-    values = oracle.divergence(torch.log_softmax(whole, -1), torch.log_softmax(teacher, -1), "reverse_kl", 0.5)
+    values = oracle.divergence(torch.log_softmax(whole, -1), torch.log_softmax(teacher, -1), "reverse_kl", **PARAMETERS)
     values.sum().backward()
     assert logits.grad is not None
     return values.detach(), logits.grad
@@ -64,7 +64,7 @@ def test_exact_loss_with_a_wrong_gradient_is_told_from_ours(pool: WorkerPool, tp
     problem = make_problem(24)
     student, teacher = problem.hidden @ problem.head.T, problem.teacher_hidden @ problem.teacher_head.T
     logits = student.clone().requires_grad_()
-    values = oracle.divergence(torch.log_softmax(logits, -1), torch.log_softmax(teacher, -1), "reverse_kl", 0.5)
+    values = oracle.divergence(torch.log_softmax(logits, -1), torch.log_softmax(teacher, -1), "reverse_kl", **PARAMETERS)
     values.sum().backward()
     truth = logits.grad
     assert truth is not None
@@ -75,7 +75,7 @@ def test_exact_loss_with_a_wrong_gradient_is_told_from_ours(pool: WorkerPool, tp
         return float((gradient - truth).norm() / truth.norm())
 
     ones = torch.ones(len(student)).double()
-    ours = pool.run(tp, sharded_divergence, student, teacher, ones, "reverse_kl", 0.5, 1.0, 24)
+    ours = pool.run(tp, sharded_divergence, student, teacher, ones, "reverse_kl", 1.0, 24)
     assert relative_error(ours) < 1e-12
     assert relative_error(pool.run(tp, _plain_all_reduce, student, teacher)) > 0.3
     assert relative_error(pool.run(tp, _autograd_all_gather, student, teacher)) == pytest.approx(tp - 1)

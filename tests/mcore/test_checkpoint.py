@@ -68,9 +68,9 @@ def test_next_step_agrees_when_a_checkpoint_moves_between_layouts(
 ) -> None:
     case = Case(parallel=LAYOUTS[other])
     for stats in pool.run(case.world_size, resume_for_one_step, *models, case, saved[one]):
-        assert math.isclose(stats.loss, uninterrupted[0], rel_tol=1e-5)
+        assert math.isclose(stats.terms.loss, uninterrupted[0], rel_tol=1e-5)
         assert math.isclose(stats.grad_norm, uninterrupted[1], rel_tol=1e-5)
-    figure = f"loss {stats.loss:.6f} ({uninterrupted[0]:.6f})"
+    figure = f"loss {stats.terms.loss:.6f} ({uninterrupted[0]:.6f})"
     table.add("step after a checkpoint of another layout (and without interruption)", f"{one:10} -> {other:10}", figure)
 
 

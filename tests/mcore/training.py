@@ -71,7 +71,9 @@ def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Pl
     # Adam starts with the gradient's sign: at eps 1e-8 the rounding noise of a gradient near 0 moves a weight by a whole lr.
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, eps=1e-4, distributed=case.distributed)
     vocab = spec.dims.vocab_size
-    return Trainer(model, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, chunk_tokens=7)
+    return Trainer(
+        model, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=7
+    )
 
 
 def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Platform, padded_vocab: int) -> MegatronScorer:
@@ -198,11 +200,10 @@ def memory_of_frozen_models(student: str, teacher: str) -> Memory:
     frozen = list(scorer.model.model.parameters())
     adam = trainer.optimizer.chained_optimizers[0].optimizer
     states = [state for per_parameter in adam.state.values() for state in per_parameter.values() if torch.is_tensor(state)]
-    assert scores.hidden is not None
     return Memory(
         frozen_with_gradient=sum(p.numel() for p in frozen if p.requires_grad or p.grad is not None),
         frozen_gradient_buffers=sum(p.numel() for p in frozen if hasattr(p, "main_grad")),
-        hidden_requires_grad=any(hidden.requires_grad for hidden in scores.hidden),
+        hidden_requires_grad=any(score.hidden is None or score.hidden.requires_grad for score in scores),
         student_parameters=sum(p.numel() for p in trainer.model.parameters()),
         optimizer_states=sum(state.numel() for state in states),
     )

@@ -34,7 +34,7 @@ def _plan(sources: tuple[Source, ...]) -> list[RolloutRequest]:
 def test_each_source_writes_its_own_and_the_order_is_the_plans(tmp_path: Path) -> None:
     student, teacher = _engine(tmp_path / "student", 1), _engine(tmp_path / "teacher", 2)
     plan = _plan((Source.GOLD, Source.TEACHER, Source.STUDENT, Source.STUDENT, Source.GOLD, Source.TEACHER))
-    rollouts = collect(plan, student, teacher, sampling(), sampling())
+    rollouts = collect(plan, student, teacher, sampling())
     assert [(r.prompt.uid, r.source) for r in rollouts] == [(r.prompt.uid, r.source) for r in plan]
     for request, rollout in zip(plan, rollouts, strict=True):
         if request.source is Source.GOLD:
@@ -45,11 +45,11 @@ def test_each_source_writes_its_own_and_the_order_is_the_plans(tmp_path: Path) -
 
 
 def test_only_gold_needs_no_engine() -> None:
-    assert [r.text for r in collect(_plan((Source.GOLD, Source.GOLD)), None, None, sampling(), sampling())] == ["w30", "w31"]
+    assert [r.text for r in collect(_plan((Source.GOLD, Source.GOLD)), None, None, sampling())] == ["w30", "w31"]
 
 
 def test_a_source_without_an_engine_is_named(tmp_path: Path) -> None:
     with pytest.raises(OpdError, match=r"^mixture.teacher: .* set mixture.teacher=0"):
-        collect(_plan((Source.STUDENT, Source.TEACHER)), _engine(tmp_path, 1), None, sampling(), sampling())
+        collect(_plan((Source.STUDENT, Source.TEACHER)), _engine(tmp_path, 1), None, sampling())
     with pytest.raises(OpdError, match=r"^mixture.student: "):
-        collect(_plan((Source.STUDENT,)), None, None, sampling(), sampling())
+        collect(_plan((Source.STUDENT,)), None, None, sampling())

@@ -1,0 +1,1 @@
+"""Proof on the user's own machine and layout that value and gradient are right."""

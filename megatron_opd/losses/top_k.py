@@ -1,0 +1,118 @@
+"""Divergences over the k likeliest tokens, with everything else in one tail bucket or left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_opd.losses.rows import RowTerm
+from megatron_opd.losses.shard import Pending, VocabShard
+from megatron_opd.losses.softmax import LARGEST_LOG_RATIO, TorchSoftmax
+from megatron_opd.types import OpdKind
+
+TOP_K_KINDS = ("topk_reverse_kl", "topk_forward_kl", "local_support")
+
+
+class Support(NamedTuple):
+    """The k likeliest tokens, as far as this rank owns them."""
+
+    columns: Tensor  # [c, k] int64 local columns, of any value where not owned
+    owned: Tensor  # [c, k] bool
+
+    def at(self, values: Tensor) -> Tensor:
+        """[c, k]: ``values`` [c, size] on the support, 0 where another rank owns it."""
+        return values.gather(1, self.columns).where(self.owned, 0.0)
+
+    def put_(self, values: Tensor, entries: Tensor | float) -> None:
+        """In place: ``entries`` [c, k], or a number, into ``values`` [c, size]."""
+        inside = self.owned.nonzero(as_tuple=True)
+        values[inside[0], self.columns[inside]] = entries[inside] if isinstance(entries, Tensor) else entries
+
+
+class SupportValues(NamedTuple):
+    """Of the owned entries of the support, each [c, k]; 0 elsewhere."""
+
+    student_exp: Tensor
+    teacher_exp: Tensor
+    difference: Tensor  # s - t
+
+
+@dataclass(frozen=True)
+class TopK:
+    """One of
+
+    - "topk_reverse_kl": KL(student || teacher) over the student's top k and one bucket for the rest;
+    - "topk_forward_kl": KL(teacher || student) over the teacher's top k and one bucket for the rest;
+    - "local_support": KL(student || teacher) over the teacher's top k, both renormalised there (arXiv 2603.25562).
+
+    The bucket makes the first two divergences of coarser distributions: never negative, never above the full KL, and growing
+    towards it with k. A truncated sum without it can be negative. Costs one gather of [c, k] more than the full KL.
+    """
+
+    kind: OpdKind
+    k: int
+
+    def candidates(self, softmax: TorchSoftmax, shard: VocabShard) -> tuple[Tensor, Pending]:
+        """This rank's k likeliest columns [c, k], and everybody's logits there [ranks, c, k] under way; before ``sums``."""
+        logits = softmax.student if self.kind == "topk_reverse_kl" else softmax.teacher
+        assert logits is not None
+        values, columns = logits.topk(min(self.k, shard.size), -1)
+        missing = self.k - values.shape[1]
+        return columns, shard.gather(torch.nn.functional.pad(values, (0, missing), value=-torch.inf))
+
+    def support(self, columns: Tensor, gathered: Tensor, shard: VocabShard) -> Support:
+        """The k likeliest of all ranks' candidates; every rank makes the same choice, ties included."""
+        if not shard.size:
+            return Support(columns, torch.zeros_like(columns, dtype=torch.bool))
+        winners = gathered.transpose(0, 1).flatten(1).topk(self.k, -1).indices  # [c, k] into [ranks * k]
+        slots = (winners % self.k).clamp(max=columns.shape[1] - 1)
+        return Support(columns.gather(1, slots), winners // self.k == shard.rank)
+
+    def sums(self, softmax: TorchSoftmax, support: Support) -> tuple[list[Tensor], SupportValues]:
+        """This rank's shares, each [c], after ``softmax.sums``: both models' mass on the support, both tails, cross sum.
+
+        The exponentials on the support are set to 0: what is left is the tail, and a difference of two sums would lose a small
+        one.
+        """
+        assert softmax.teacher is not None and softmax.teacher_exp is not None
+        difference = support.at(softmax.student) - support.at(softmax.teacher)
+        values = SupportValues(support.at(softmax.student_exp), support.at(softmax.teacher_exp), difference)
+        support.put_(softmax.student_exp, 0.0)
+        support.put_(softmax.teacher_exp, 0.0)
+        cross = values.teacher_exp * -difference if self.kind == "topk_forward_kl" else values.student_exp * difference
+        heads = [values.student_exp.sum(-1), values.teacher_exp.sum(-1)]
+        return [*heads, softmax.student_exp.sum(-1), softmax.teacher_exp.sum(-1), cross.sum(-1)], values
+
+    def row_term(
+        self, values: SupportValues, student_total: Tensor, teacher_total: Tensor, sums: Tensor
+    ) -> tuple[RowTerm, Tensor]:
+        """The term, whose gradient holds off the support, and the gradient [c, k] on it.
+
+        ``sums`` [5, c]: those of :meth:`sums` over the whole vocabulary. A mass that underflows counts as the smallest float.
+        """
+        head_s, head_t, tail_s, tail_t = sums[:4].clamp(min=torch.finfo(sums.dtype).tiny)
+        cross = sums[4]
+        if self.kind == "local_support":
+            mean = cross / head_s
+            inside = values.student_exp / head_s[:, None] * (values.difference - mean[:, None])
+            return RowTerm(mean - head_s.log() + head_t.log()), inside
+        student_probs = values.student_exp / student_total[:, None]
+        tail_ratio = tail_s.log() - tail_t.log()
+        if self.kind == "topk_reverse_kl":
+            mean = (cross + tail_s * tail_ratio) / student_total
+            term = RowTerm(mean - student_total.log() + teacher_total.log(), constant=tail_ratio - mean)
+            return term, student_probs * (values.difference - mean[:, None])
+        offset = student_total.log() - teacher_total.log()
+        teacher_tail_share = (offset - tail_ratio).clamp(max=LARGEST_LOG_RATIO).exp()  # the teacher's tail over the student's
+        term = RowTerm((cross - tail_t * tail_ratio) / teacher_total + offset, constant=1 - teacher_tail_share)
+        return term, student_probs - values.teacher_exp / teacher_total[:, None]
+
+
+def check_k(k: int, vocab_size: int) -> int:
+    """Raises ValueError unless 1 <= k <= vocab_size."""
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"k: {k}, but the vocabulary has {vocab_size} ids; give 1 to {vocab_size}")
+    return k

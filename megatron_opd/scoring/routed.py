@@ -1,0 +1,28 @@
+"""Several teachers: each micro-batch is scored by its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from megatron_opd.types import FrozenScores, PackedBatch, Scorer
+
+
+class RoutedScorer:
+    """A :class:`~megatron_opd.types.Scorer` over scorers by name; one at a time is in device memory."""
+
+    def __init__(self, scorers: Mapping[str, Scorer]) -> None:
+        self.scorers = scorers
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        yield  # each scorer's own phase lies inside `score`
+
+    def score(self, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
+        scores: dict[int, FrozenScores] = {}
+        for name, scorer in self.scorers.items():
+            places = [place for place, batch in enumerate(batches) if batch.teacher == name]
+            if places:
+                with scorer.on_device():
+                    scores.update(zip(places, scorer.score([batches[place] for place in places]), strict=True))
+        return [scores[place] for place in range(len(batches))]
