@@ -78,9 +78,9 @@ class ChunkLoss:
     ) -> Steps[tuple[ChunkStatistics, _TopKPart | None]]:
         support = values = None
         if isinstance(self.opd, TopK) and isinstance(softmax, TorchSoftmax) and softmax.teacher is not None:
-            columns, gathering = self.opd.candidates(softmax, self.shard)
+            columns, gathering = self.opd.candidates(softmax, self.shard, self.stop)
             yield
-            support = self.opd.support(columns, gathering.wait(), self.shard)
+            support = self.opd.support(columns, gathering.wait(), members, self.shard, self.stop)
 
         shares = [self.shard.pick(logits, labels) for logits in models]
         shares += softmax.sums(maxima, Cross.NONE if isinstance(self.opd, TopK) else self.opd.cross)

@@ -41,17 +41,19 @@ class StopClass:
 
     def share_teacher_(self, teacher: Tensor, student_members: Tensor, teacher_members: Tensor, shard: VocabShard) -> None:
         """In place: q' for q among the teacher's logits [c, size]; the members' logits are [E, c]."""
-        for index, member in zip(self.ids, shared_logits(student_members, teacher_members), strict=True):
-            column = index - shard.start
-            if 0 <= column < shard.size:
-                teacher[:, column] = member
+        shared = shared_logits(student_members, teacher_members)
+        teacher[:, self.columns(shard)] = shared[self._owned(shard)].T
 
     def add_slope_(self, gradient: Tensor, members: Tensor, slopes: Tensor, shard: VocabShard) -> None:
         """In place: the gradient [c, size] of ``slopes`` [c] times log p(class), less its part -p; ``members`` [E, c]."""
-        for index, share in zip(self.ids, members.softmax(0), strict=True):
-            column = index - shard.start
-            if 0 <= column < shard.size:
-                gradient[:, column] += slopes * share
+        gradient[:, self.columns(shard)] += (slopes * members.softmax(0)[self._owned(shard)]).T
+
+    def columns(self, shard: VocabShard) -> list[int]:
+        """Of the members that this rank owns, among its own rows."""
+        return [self.ids[member] - shard.start for member in self._owned(shard)]
+
+    def _owned(self, shard: VocabShard) -> list[int]:
+        return [member for member, index in enumerate(self.ids) if 0 <= index - shard.start < shard.size]
 
 
 def shared_logits(student_members: Tensor, teacher_members: Tensor) -> Tensor:

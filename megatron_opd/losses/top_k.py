@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_opd.losses.rows import RowTerm
 from megatron_opd.losses.shard import Pending, VocabShard
 from megatron_opd.losses.softmax import LARGEST_LOG_RATIO, TorchSoftmax
+from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.types import OpdKind
 
 TOP_K_KINDS = ("topk_reverse_kl", "topk_forward_kl", "local_support")
@@ -19,11 +20,13 @@ TOP_K_KINDS = ("topk_reverse_kl", "topk_forward_kl", "local_support")
 class Support(NamedTuple):
     """The k likeliest tokens, as far as this rank owns them."""
 
-    columns: Tensor  # [c, k] int64 local columns, of any value where not owned
-    owned: Tensor  # [c, k] bool
+    columns: Tensor  # [c, k'] int64 local columns, of any value where not owned; k' > k only with a merged stop class
+    owned: Tensor  # [c, k'] bool
 
     def at(self, values: Tensor) -> Tensor:
         """[c, k]: ``values`` [c, size] on the support, 0 where another rank owns it."""
+        if not values.shape[1]:
+            return values.new_zeros(self.columns.shape)
         return values.gather(1, self.columns).where(self.owned, 0.0)
 
     def put_(self, values: Tensor, entries: Tensor | float) -> None:
@@ -55,21 +58,39 @@ class TopK:
     kind: OpdKind
     k: int
 
-    def candidates(self, softmax: TorchSoftmax, shard: VocabShard) -> tuple[Tensor, Pending]:
-        """This rank's k likeliest columns [c, k], and everybody's logits there [ranks, c, k] under way; before ``sums``."""
+    def candidates(self, softmax: TorchSoftmax, shard: VocabShard, stop: StopClass) -> tuple[Tensor, Pending]:
+        """This rank's k likeliest columns [c, k], and everybody's logits there [ranks, c, k] under way; before ``sums``.
+
+        A merged stop class stands aside: it is ranked as a whole.
+        """
         logits = softmax.student if self.kind == "topk_reverse_kl" else softmax.teacher
         assert logits is not None
+        ends = stop.columns(shard) if stop.merged else []
+        kept = logits[:, ends]
+        logits[:, ends] = -torch.inf
         values, columns = logits.topk(min(self.k, shard.size), -1)
+        logits[:, ends] = kept
         missing = self.k - values.shape[1]
         return columns, shard.gather(torch.nn.functional.pad(values, (0, missing), value=-torch.inf))
 
-    def support(self, columns: Tensor, gathered: Tensor, shard: VocabShard) -> Support:
-        """The k likeliest of all ranks' candidates; every rank makes the same choice, ties included."""
-        if not shard.size:
-            return Support(columns, torch.zeros_like(columns, dtype=torch.bool))
-        winners = gathered.transpose(0, 1).flatten(1).topk(self.k, -1).indices  # [c, k] into [ranks * k]
-        slots = (winners % self.k).clamp(max=columns.shape[1] - 1)
-        return Support(columns.gather(1, slots), winners // self.k == shard.rank)
+    def support(self, columns: Tensor, gathered: Tensor, members: Tensor, shard: VocabShard, stop: StopClass) -> Support:
+        """The k likeliest of all ranks' candidates; every rank makes the same choice, ties included.
+
+        ``members`` [models, E, c] are the end tokens' logits: their merged class counts as one of the k, and brings them all.
+        """
+        everybody = gathered.transpose(0, 1).flatten(1)  # [c, ranks * k]
+        winners = everybody.topk(self.k, -1).indices
+        owned = winners // self.k == shard.rank
+        slots = (winners % self.k).clamp(max=max(columns.shape[1] - 1, 0))
+        columns = columns.gather(1, slots) if shard.size else torch.zeros_like(winners)
+        owned &= shard.size > 0
+        if not stop.merged:
+            return Support(columns, owned)
+        class_logits = members[0 if self.kind == "topk_reverse_kl" else 1].logsumexp(0)
+        class_wins = (everybody > class_logits[:, None]).sum(-1) < self.k  # [c]
+        owned[:, -1] &= ~class_wins
+        ends = columns.new_tensor(stop.columns(shard)).expand(len(columns), -1)
+        return Support(torch.cat([columns, ends], 1), torch.cat([owned, class_wins[:, None].expand_as(ends)], 1))
 
     def sums(self, softmax: TorchSoftmax, support: Support) -> tuple[list[Tensor], SupportValues]:
         """This rank's shares, each [c], after ``softmax.sums``: both models' mass on the support, both tails, cross sum.
