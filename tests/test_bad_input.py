@@ -48,6 +48,18 @@ def put(key: str, value: Any) -> Change:
     return change
 
 
+def both(*changes: Change) -> Change:
+    def change(folder: Path, config: dict[str, Any]) -> None:
+        for each in changes:
+            each(folder, config)
+
+    return change
+
+
+def several_teachers(_folder: Path, config: dict[str, Any]) -> None:
+    config["teachers"] = {"maths": config.pop("teacher")}
+
+
 def rewrite(name: str, edit: Callable[[str], str]) -> Change:
     """A change of one text file."""
 
@@ -115,6 +127,26 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "wrong type": (put("run.steps", "many"), ["run.steps", "integer", "'many'"]),
     "out of range": (put("loss.clip", 1.5), ["loss.clip", "less than 1", "1.5"]),
     "missing key": (lambda _, config: config.pop("data"), ["data", "required"]),
+    "clip of 0": (put("loss.clip", 0), ["loss.clip", "greater than 0", "0"]),
+    "unknown divergence": (put("loss.opd", "skew"), ["loss.opd", "'skew_reverse_kl'", "'skew'"]),
+    "jsd without mixing": (put("loss.beta", 1.0), ["loss.beta", "less than 1"]),
+    "skew of 0": (put("loss.alpha", 0), ["loss.alpha", "greater than 0"]),
+    "k beyond the vocabulary": (both(put("loss.opd", "topk_reverse_kl"), put("loss.k", 60)), ["loss.k", "60", "53"]),
+    "option of another term": (
+        both(put("loss.opd", "jsd"), put("loss.extrapolation", 1.25)),
+        ["loss.extrapolation", "loss.opd is jsd", "loss.opd=sampled"],
+    ),
+    "GKD without a divergence": (put("loss.off_policy", "divergence"), ["loss.off_policy", "sampled", "loss.opd=jsd"]),
+    "extrapolation without a reference": (
+        both(put("loss.extrapolation", 1.25), put("reference", None), put("loss.reference_kl", 0)),
+        ["loss.extrapolation", "reference is null"],
+    ),
+    "bounds that leave out ratio 1": (put("loss.ratio_bounds", [1.2, 2.0]), ["loss.ratio_bounds", "low < 1 < high"]),
+    "one teacher and several": (put("teachers", {"maths": {"model": "x"}}), ["teachers", "maths", "remove one"]),
+    "prompt without its teacher": (
+        several_teachers,
+        ["train.jsonl:1", "'teacher' is None", "maths"],
+    ),
     "heads by tp": (put("student.parallel.tp", 4), ["student.model", "num_key_value_heads=2", "tp=4", "divides"]),
     "layers by pp": (put("student.parallel.pp", 4), ["student.model", "num_hidden_layers=2", "pp=4"]),
     "teacher layers by pp": (put("student.parallel.pp", 2), ["teacher.model", "num_hidden_layers=3", "pp=2"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, d
     before, after = load_file(folder / "student" / "model.safetensors"), load_file(folder / "run" / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_run_with_two_teachers_routes_each_prompt(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    routed = folder / "routed.jsonl"
+    routed.write_text("".join(json.dumps({**line, "teacher": ("a", "b")[i % 2]}) + "\n" for i, line in enumerate(lines)))
+    tree = {key: value for key, value in config.items() if key not in ("teacher", "eval")}
+    tree["run"] = {"name": "routed", "dir": str(folder / "routed"), "steps": 3}
+    tree["data"] = {"prompts": str(routed), "prompts_per_step": 4}
+    tree["teachers"] = {"a": {"model": str(folder / "teacher")}, "b": {"model": str(folder / "student")}}
+    result = runs.run(folder, tree)
+    assert result.returncode == 0, result.stderr
+    assert [record["step"] for record in runs.metrics(folder / "routed")] == [1, 2, 3]
 
 
 def test_old_checkpoints_are_deleted(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:

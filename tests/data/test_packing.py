@@ -57,6 +57,27 @@ def test_a_hand_worked_micro_batch() -> None:
     assert (batch.old_log_probs.dtype, batch.gold_weights.dtype) == (torch.float32, torch.float32)
 
 
+@given(rollout_lists(), layouts, st.integers(1, 4))
+def test_prompts_of_different_teachers_never_share_a_micro_batch(
+    rollouts: list[Rollout], layout: dict[str, Any], teachers: int
+) -> None:
+    routed = [
+        replace(rollout, prompt=replace(rollout.prompt, teacher=f"t{i % teachers}", uid=f"{i % teachers}/{i}"))
+        for i, rollout in enumerate(rollouts)
+    ]
+    single, several = pack(rollouts, **layout), pack(routed, **layout)
+    assert len({len(rank) for rank in several}) == 1
+    for rank in several:
+        assert [batch.teacher for batch in rank] == [batch.teacher for batch in several[0]]  # every rank asks each alike
+    for source in Source:
+        assert weight_sum(several, source) == pytest.approx(weight_sum(single, source), abs=1e-6)
+    for name in {rollout.prompt.teacher for rollout in routed}:
+        own = [rollout for rollout in routed if rollout.prompt.teacher == name and rollout.response_ids]
+        batches = [batch for rank in several for batch in rank if batch.teacher == name]
+        weighted = sum(int((weights > 0).sum()) for batch in batches for weights in streams(batch).values())
+        assert weighted == sum(len(rollout.response_ids) for rollout in own)
+
+
 def test_token_weights_ignore_and_response_weights_divide_by_the_response() -> None:
     rollouts = [make_rollout(tokens=2), make_rollout(tokens=6)]
     expected: dict[Aggregation, tuple[float, float]] = {"token": (1 / 8, 1 / 8), "response": (1 / 4, 1 / 12)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from tests.mcore.training import (
     gradients,
     make_rollouts,
     memory_of_frozen_models,
+    opd_of_routed_teachers,
+    step_with_a_lost_frozen_model,
     train_steps,
     weights_after_a_skipped_step,
 )
@@ -160,6 +163,29 @@ def test_non_finite_step_changes_nothing(pool: WorkerPool, models: tuple[str, st
     for (skipped, weights), (_, expected) in zip(bad, good, strict=True):
         assert skipped == [False, True, False]
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_each_token_is_scored_by_its_own_teacher(
+    pool: WorkerPool, models: tuple[str, str], tmp_path: Path, layout: str
+) -> None:
+    """Three teachers of different widths and depths."""
+    student, teacher = models
+    make_model(tmp_path / "third", "qwen3", vocab_size=97, layers=2, hidden=64, seed=9)
+    teachers = {"code": teacher, "maths": student, "prose": str(tmp_path / "third")}
+    results = pool.run(2, opd_of_routed_teachers, student, teachers, Case(parallel=LAYOUTS[layout], max_tokens=64))
+    for routed, parts in results:
+        assert math.isclose(routed, sum(parts), rel_tol=1e-6)
+        assert len({round(part, 6) for part in parts}) == 3
+
+
+@pytest.mark.parametrize("model", ["teacher", "reference"])
+def test_frozen_model_with_nan_weights_stops_every_rank_and_is_named(
+    pool: WorkerPool, models: tuple[str, str], model: str
+) -> None:
+    first, second = pool.run(2, step_with_a_lost_frozen_model, *models, model)
+    assert first == second
+    assert first.startswith(f"{model}.model: NaN or infinite logits on ")
 
 
 def test_frozen_models_hold_no_gradients_and_no_optimizer_state(pool: WorkerPool, models: tuple[str, str]) -> None:

@@ -19,6 +19,7 @@ from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
+from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, RunStopped, Source, StepStats, TrainState
 from tests.mcore.worlds import build_student, open_layout
 
@@ -207,3 +208,43 @@ def memory_of_frozen_models(student: str, teacher: str) -> Memory:
         student_parameters=sum(p.numel() for p in trainer.model.parameters()),
         optimizer_states=sum(state.numel() for state in states),
     )
+
+
+def opd_of_routed_teachers(student: str, teachers: dict[str, str], case: Case) -> tuple[float, list[float]]:
+    """The OPD term with each prompt's own teacher; and, teacher by teacher, of its prompts alone, scored by a single scorer."""
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    trainer.optimizer.step = lambda: None
+    padded = trainer.spec.dims.padded_vocab_size
+    scorers = {name: build_scorer(folder, case, layout, platform, padded) for name, folder in teachers.items()}
+    names = sorted(teachers)
+    rollouts = [
+        replace(rollout, prompt=replace(rollout.prompt, teacher=names[i % len(names)]))
+        for i, rollout in enumerate(make_rollouts(0, trainer.loss_vocab_size))
+    ]
+    batches = share(rollouts, case, layout)
+    reference = build_scorer(student, case, layout, platform, padded).score(batches)
+    routed = trainer.step(batches, RoutedScorer(scorers).score(batches), reference).terms.opd
+    parts = []
+    for name in names:
+        own = [replace(batch, rollout_weights=batch.rollout_weights * (batch.teacher == name)) for batch in batches]
+        parts.append(trainer.step(own, scorers[name].score(own), reference).terms.opd)
+    return routed, parts
+
+
+def step_with_a_lost_frozen_model(student: str, teacher: str, model: str) -> str:
+    """The message of a step in which a NaN hides among the weights of a frozen model, on one of two data-parallel ranks."""
+    case = Case(ParallelConfig(dp=2))
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    padded = trainer.spec.dims.padded_vocab_size
+    scorers = {name: build_scorer(teacher, case, layout, platform, padded) for name in ("teacher", "reference")}
+    head = scorers[model].model.lm_head
+    if layout.dp_rank == 1 and head is not None:
+        head[5] = torch.nan
+    batches = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    try:
+        trainer.step(batches, scorers["teacher"].score(batches), scorers["reference"].score(batches))
+    except RunStopped as error:
+        return str(error)
+    return "no error"
