@@ -46,6 +46,21 @@ class ChunkLoss:
     temperature: float
     shard: VocabShard
 
+    def working_matrices(self, models: int, device: torch.device) -> int:
+        """How many [c, size] :meth:`softmax` wants: the logits, and as many again where no kernel takes exponentials anew."""
+        return models if self._has_kernels(device) else 2 * models
+
+    def softmax(self, student: Tensor, teacher: Tensor | None, reference: Tensor | None, spare: Tensor) -> ChunkSoftmax:
+        """The passes over these logits, each [c, size]; ``spare`` [.., c, size] is memory to work in."""
+        if not self._has_kernels(student.device):
+            return TorchSoftmax(student, teacher, reference, spare)
+        from megatron_opd.losses.triton_softmax import TritonSoftmax  # Triton is installed with torch's builds for GPUs alone
+
+        return TritonSoftmax(student, teacher, reference)
+
+    def _has_kernels(self, device: torch.device) -> bool:
+        return device.type == "cuda" and not isinstance(self.opd, TopK)
+
     def run(self, softmax: ChunkSoftmax, tokens: Tokens) -> Steps[tuple[TokenValues, Tensor]]:
         """The tokens' values, and the gradient [c, size] of their weighted sum for the student's raw logits.
 

@@ -22,7 +22,6 @@ from megatron_opd.losses.chunk import ChunkLoss
 from megatron_opd.losses.divergence import check_temperature
 from megatron_opd.losses.rows import Tokens, TokenValues
 from megatron_opd.losses.shard import VocabShard
-from megatron_opd.losses.softmax import TorchSoftmax
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.losses.vocab_parallel import check_finite, full_vocabulary_term, statistics_dtype
 from megatron_opd.types import OpdKind
@@ -83,13 +82,13 @@ class LinearLoss:
         return 1 if self.loss.shard.group is None else 2
 
     def buffers(self, rows: Rows, student: Head) -> Tensor:
-        """[chunks in flight, 2 * models, chunk, size]: logits and memory to work in, for all chunks of ``rows`` in turn.
+        """[chunks in flight, matrices, chunk, size]: logits and memory to work in, for all chunks of ``rows`` in turn.
 
         The chunk is the same on all ranks of the group: it depends on V/tp, not on the shard's true rows.
         """
         dtype = statistics_dtype(student.weight.dtype)
         budget = _CHUNK_BYTES_CPU if student.weight.is_cpu else _CHUNK_BYTES
-        matrices = (self.chunks_in_flight, 2 * rows.models)
+        matrices = (self.chunks_in_flight, self.loss.working_matrices(rows.models, student.weight.device))
         affordable = budget // (matrices[0] * matrices[1] * student.weight.shape[0] * dtype.itemsize)
         chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(len(rows.positions), 1))
         return student.hidden.new_empty(*matrices, chunk, self.loss.shard.size, dtype=dtype)
@@ -150,7 +149,7 @@ def _chunk(
     buffers = free_buffers.pop()
     heads = [head for head in (student, rows.teacher, rows.reference) if head is not None]
     logits = [head.logits(positions, buffer) for head, buffer in zip(heads, buffers, strict=False)]
-    softmax = TorchSoftmax(
+    softmax = loss.softmax(
         student=logits[0],
         teacher=logits[1] if rows.teacher is not None else None,
         reference=logits[-1] if rows.reference is not None else None,

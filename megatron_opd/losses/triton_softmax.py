@@ -45,10 +45,7 @@ class TritonSoftmax:
     def sums(self, maxima: Tensor, cross: Cross) -> list[Tensor]:
         self._maxima = maxima.contiguous()
         parts = maxima.new_empty(2 + 4 * (self.teacher is not None) + 2 * (self.reference is not None), *self._grid)
-        if parts.numel():
-            _sums_kernel[self._grid](
-                *self._logits(), self._maxima, parts, int(cross), self._block, num_warps=_WARPS, enable_fp_fusion=_FUSED
-            )
+        self._launch(_sums_kernel, parts, int(cross))
         shares = list(parts.sum(-1))
         if self.teacher is not None:
             shares[4].clamp_(max=1)  # a tie can agree in several blocks
@@ -57,42 +54,27 @@ class TritonSoftmax:
     def mixture_sums(self, mixture: Mixture, teacher_share: float, offset: Tensor) -> Tensor:
         self._mixture, self._teacher_share, self._offset = mixture, teacher_share, offset.contiguous()
         parts = offset.new_empty(2, *self._grid)
-        if parts.numel():
-            _mixture_kernel[self._grid](
-                *self._logits(),
-                self._maxima,
-                self._offset,
-                parts,
-                int(mixture),
-                teacher_share,
-                self._block,
-                num_warps=_WARPS,
-                enable_fp_fusion=_FUSED,
-            )
+        self._launch(_mixture_kernel, self._offset, parts, int(mixture), teacher_share)
         return parts.sum(-1)
 
     def gradient(self, rows: GradientRows) -> Tensor:
-        if self.student.numel():
-            _gradient_kernel[self._grid](
-                *self._logits(),
-                self._maxima,
-                self._offset,
-                *(None if each is None else each.contiguous() for each in rows),
-                int(self._mixture),
-                self._teacher_share,
-                self._block,
-                num_warps=_WARPS,
-                enable_fp_fusion=_FUSED,
-            )
+        factors = (None if each is None else each.contiguous() for each in rows)
+        self._launch(_gradient_kernel, self._offset, *factors, int(self._mixture), self._teacher_share)
         return self.student
 
-    def _logits(self) -> tuple[Tensor | int | None, ...]:
-        """All kernels' first arguments: the models' logits, their row strides and the number of columns."""
+    def _launch(self, kernel: triton.JITFunction, *own: Tensor | float | None) -> None:
+        """A program for each row and block of columns; none for an empty shard."""
+        if self.student.numel():
+            kernel[self._grid](*self._arguments(*own), num_warps=_WARPS, enable_fp_fusion=_FUSED)
+
+    def _arguments(self, *own: Tensor | float | None) -> tuple[Tensor | float | None, ...]:
+        """A kernel's arguments: ``own`` between those that all of them have."""
         models = self.student, self.teacher, self.reference
-        return *models, *(0 if each is None else each.stride(0) for each in models), self.student.shape[1]
+        strides = (0 if each is None else each.stride(0) for each in models)
+        return *models, *strides, self.student.shape[1], self._maxima, *own, self._block
 
 
-# Grid of every kernel: rows, blocks of columns. What a model or factor is missing for is None, hence left out at compile time.
+# The grid of every kernel: rows, blocks of columns. A model or factor that is None is left out when the kernel is compiled.
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from megatron_opd.losses.chunk import ChunkLoss, Result, Steps
 from megatron_opd.losses.divergence import DIVERGENCES, Divergence, check_temperature, make_divergence
 from megatron_opd.losses.rows import Tokens, TokenValues
 from megatron_opd.losses.shard import VocabShard
-from megatron_opd.losses.softmax import TorchSoftmax
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.losses.top_k import TOP_K_KINDS, TopK, check_k
 from megatron_opd.types import OpdKind
@@ -99,8 +98,9 @@ class _Divergence(torch.autograd.Function):
         dtype, size = statistics_dtype(student_logits.dtype), loss.shard.size
         student, teacher = (each[:, :size].to(dtype, copy=True) for each in (student_logits, teacher_logits))
         zeros, ones = student.new_zeros(len(student)), student.new_ones(len(student))
+        spare = loss.working_matrices(2, student.device) - 2
         steps = loss.run(
-            TorchSoftmax(student, teacher, None, spare=student.new_empty(2, *student.shape)),
+            loss.softmax(student, teacher, None, spare=student.new_empty(spare, *student.shape)),
             Tokens(zeros.long(), zeros, opd_weights=ones, reference_weights=zeros, label_weights=zeros),
         )
         values, gradient = _run(steps)
