@@ -352,9 +352,11 @@ def _check_combinations(config: Config) -> None:
         raise OpdError(f"optimizer.betas: {config.optimizer.betas}, but each must be at least 0 and below 1")
     if parallel.sequence_parallel and parallel.tp == 1:
         raise OpdError("student.parallel.sequence_parallel: true needs tp > 1; set tp=2 or more, or sequence_parallel=false")
-    for axis, size in (("cp", parallel.cp), ("ep", parallel.ep)):
-        if size > 1:
-            raise OpdError(f"student.parallel.{axis}: {size} is not supported yet; set {axis}=1")
+    if parallel.cp > 1 and loss.position_weight > 0:
+        raise OpdError(
+            f"loss.position_weight: {loss.position_weight} needs whole responses, but student.parallel.cp={parallel.cp} slices "
+            "them; set cp=1 or position_weight=0"
+        )
     if config.student.init == "random" and (mixture.student or mixture.teacher):
         raise OpdError(
             "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"

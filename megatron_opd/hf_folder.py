@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_opd.types import NamedTensors, OpdError
 
@@ -140,14 +140,36 @@ class HFFolder:
         return content
 
 
+# Gate, up and down projection of an expert, where they are not called that.
+_EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
+
+
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes that a checkpoint of ``config`` holds; a tied head is not stored."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict by the names of a checkpoint, as views: transformers holds a layer's experts fused, a checkpoint by one."""
+    gate, up, down = _EXPERT_NAMES.get(model.config.model_type, ("gate_proj", "up_proj", "down_proj"))
+    moe = "block_sparse_moe" if model.config.model_type == "mixtral" else "mlp"
+    named: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, leaf = name.rpartition(".mlp.experts.")
+        if leaf == "gate_up_proj":  # [E, 2 * ffn, H]
+            for expert, both in enumerate(tensor):
+                for projection, rows in zip((gate, up), both.chunk(2), strict=True):
+                    named[f"{layer}.{moe}.experts.{expert}.{projection}.weight"] = rows
+        elif leaf == "down_proj":  # [E, H, ffn]
+            named.update({f"{layer}.{moe}.experts.{expert}.{down}.weight": rows for expert, rows in enumerate(tensor)})
+        else:
+            named[name.replace(".mlp.gate.", f".{moe}.gate.")] = tensor
+    return named
 
 
 def write_hf_folder(weights: NamedTensors, source: Path, target: Path, dtype: torch.dtype) -> None:

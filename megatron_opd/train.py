@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opd.config import Config
-from megatron_opd.data.packing import pack
+from megatron_opd.data.packing import context_slice, pack
 from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -69,13 +69,15 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
         with clock.phase("rollout"):
             rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
         alarms = system.monitors.observe(state.step + 1, rollouts)
-        batches = pack(
+        shares = pack(
             rollouts,
             dp_size=layout.dp_size,
             max_tokens=config.packing.max_tokens_per_microbatch,
             aggregation=config.loss.aggregation,
+            cp_size=layout.cp_size,
             pad_to_multiple=layout.tp_size if config.student.parallel.sequence_parallel else 1,
-        )[layout.dp_rank]
+        )
+        batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
         with clock.phase("score"):
             teacher_scores = _score(system.teacher, batches)
             reference_scores = _score(system.reference, batches)

@@ -8,10 +8,18 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Arch = Literal["llama", "qwen2", "qwen3"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")  # ids 0 to 4; the words follow
 EOS_ID = SPECIAL_TOKENS.index("<eos>")
@@ -19,7 +27,17 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+}
 
 
 def make_tokenizer(folder: str | Path, vocab_words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -68,6 +86,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=EOS_ID,
         pad_token_id=0,
+        **_EXPERTS.get(arch, {}),
         **({} if rope_scaling is None else {"rope_scaling": rope_scaling}),
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -75,8 +94,8 @@ def make_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * 2 / parameter.shape[1] ** 0.5)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * 2 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.2 * noise)
     if max_shard_size is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -20,11 +22,12 @@ _FILLER_TOKENS = 2  # ours; any small number would do
 class _Sequence:
     rollout: Rollout
     weight: float  # of each response token
+    multiple: int
 
     @property
     def length(self) -> int:
-        """Input positions: the last token is only a label."""
-        return len(self.rollout.prompt.token_ids) + len(self.rollout.response_ids) - 1
+        """Input positions with their padding: the last token is only a label."""
+        return _round_up(len(self.rollout.prompt.token_ids) + len(self.rollout.response_ids) - 1, self.multiple)
 
     @property
     def cost(self) -> int:
@@ -32,7 +35,13 @@ class _Sequence:
 
 
 def pack(
-    rollouts: Sequence[Rollout], *, dp_size: int, max_tokens: int, aggregation: Aggregation, pad_to_multiple: int = 1
+    rollouts: Sequence[Rollout],
+    *,
+    dp_size: int,
+    max_tokens: int,
+    aggregation: Aggregation,
+    cp_size: int = 1,
+    pad_to_multiple: int = 1,
 ) -> list[list[PackedBatch]]:
     """The micro-batches of every data-parallel rank, ``[dp rank][micro-batch]``.
 
@@ -47,18 +56,22 @@ def pack(
     sequence without weight. Prompts of different teachers never share a micro-batch. The result depends on the arguments alone.
 
     Args:
-        pad_to_multiple: T of each micro-batch is a multiple of it (sequence parallelism: tp). The padding is a last sequence
+        max_tokens: of a micro-batch, before context parallelism slices it.
+        cp_size: context-parallel ranks. Above 1 each sequence is padded to a multiple of 2 cp, see :func:`context_slice`.
+        pad_to_multiple: T/cp of each micro-batch is a multiple of it (sequence parallelism: tp). The padding is a last sequence
             without weight.
 
     Raises OpdError where one sequence alone exceeds ``max_tokens``.
     """
+    pad_sequences_to = 1 if cp_size == 1 else 2 * cp_size
+    pad_to_multiple = math.lcm(pad_to_multiple * cp_size, pad_sequences_to)
     capacity = max_tokens - max_tokens % pad_to_multiple
     filler_tokens = _round_up(_FILLER_TOKENS, pad_to_multiple)
     if capacity < filler_tokens:
         raise OpdError(
             f"packing.max_tokens_per_microbatch: {max_tokens}, but each micro-batch needs {filler_tokens} tokens; raise it"
         )
-    sequences = sorted(_weigh(rollouts, aggregation), key=lambda sequence: -sequence.length)
+    sequences = sorted(_weigh(rollouts, aggregation, pad_sequences_to), key=lambda sequence: -sequence.length)
     if sequences and sequences[0].length > capacity:
         longest = sequences[0]
         raise OpdError(
@@ -74,15 +87,41 @@ def pack(
     return packed
 
 
-def _weigh(rollouts: Sequence[Rollout], aggregation: Aggregation) -> list[_Sequence]:
+def context_slice(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+    """What context-parallel rank ``rank`` of ``size`` reads and predicts: chunks r and 2 size - 1 - r of each sequence.
+
+    Causal attention then costs all ranks alike. Tokens, positions, labels, log-probabilities and weights are [T/size];
+    ``cu_seqlens`` and ``max_seqlen`` stay those of the whole sequences, which are multiples of 2 size.
+    """
+    if size == 1:
+        return batch
+    chosen = []
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        chunk = (end - start) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            chosen.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    index = torch.cat(chosen)  # [T/size]
+    return replace(
+        batch,
+        tokens=batch.tokens[index],
+        position_ids=batch.position_ids[index],
+        labels=batch.labels[index],
+        old_log_probs=batch.old_log_probs[index],
+        rollout_weights=batch.rollout_weights[index],
+        teacher_weights=batch.teacher_weights[index],
+        gold_weights=batch.gold_weights[index],
+    )
+
+
+def _weigh(rollouts: Sequence[Rollout], aggregation: Aggregation, multiple: int) -> list[_Sequence]:
     written = [rollout for rollout in rollouts if rollout.response_ids]
     responses = Counter(rollout.source for rollout in written)
     tokens: Counter[Source] = Counter()
     for rollout in written:
         tokens[rollout.source] += len(rollout.response_ids)
     if aggregation == "token":
-        return [_Sequence(rollout, 1 / tokens[rollout.source]) for rollout in written]
-    return [_Sequence(rollout, 1 / (responses[rollout.source] * len(rollout.response_ids))) for rollout in written]
+        return [_Sequence(rollout, 1 / tokens[rollout.source], multiple) for rollout in written]
+    return [_Sequence(rollout, 1 / (responses[rollout.source] * len(rollout.response_ids)), multiple) for rollout in written]
 
 
 def _split(ranks: Sequence[Sequence[_Sequence]], capacity: int) -> list[list[list[_Sequence]]]:
@@ -126,7 +165,7 @@ def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, f
     start = 0
     for sequence in sequences:
         rollout = sequence.rollout
-        end = start + sequence.length
+        end = start + len(rollout.prompt.token_ids) + len(rollout.response_ids) - 1
         first = start + len(rollout.prompt.token_ids) - 1  # the last prompt token predicts the first response token
         tokens[start:end] = torch.tensor((*rollout.prompt.token_ids, *rollout.response_ids[:-1]))
         labels[first:end] = torch.tensor(rollout.response_ids)
@@ -135,7 +174,7 @@ def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, f
             if len(rollout.log_probs) != len(rollout.response_ids):
                 raise ValueError(f"{len(rollout.log_probs)} log-probabilities for {len(rollout.response_ids)} response tokens")
             old_log_probs[first:end] = torch.tensor(rollout.log_probs)
-        start = end
+        start += sequence.length
     return PackedBatch(
         tokens=tokens,
         position_ids=torch.cat([torch.arange(length) for length in lengths]),

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 class PortableCoreAttention(torch.nn.Module):
     """Causal attention over THD-packed sequences with grouped queries, by torch's scaled-dot-product attention.
 
     Each sequence is attended on its own, so a token's result does not depend on what it was packed with, and memory is that of
-    the longest sequence, not of the micro-batch squared. Heads are this tensor-parallel rank's.
+    the longest sequence, not of the micro-batch squared. Heads are this tensor-parallel rank's. Under context parallelism rank
+    r of cp holds chunks r and 2 cp - 1 - r of the 2 cp equal chunks of each sequence, keys and values of all are gathered.
     """
 
     def __init__(
@@ -33,6 +37,9 @@ class PortableCoreAttention(torch.nn.Module):
             raise ValueError(f"portable attention is causal self-attention, got {attn_mask_type} {attention_type}")
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.dropout = config.attention_dropout
+        self.cp: ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            self.cp = parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -48,7 +55,9 @@ class PortableCoreAttention(torch.nn.Module):
         """Returns [T, heads/tp * d]. Raises ValueError without ``packed_seq_params``: every batch of ours is packed."""
         if packed_seq_params is None:
             raise ValueError("portable attention takes packed sequences only")
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()  # of whole sequences
+        if self.cp is not None:
+            return self._context_parallel(query, key, value, lengths, self.cp)
         parts = [
             F.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],  # [1, heads/tp, length, d]
@@ -62,6 +71,58 @@ class PortableCoreAttention(torch.nn.Module):
             for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         ]
         return torch.cat(parts).flatten(1)  # [T, heads/tp * d]
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], cp: ProcessGroup) -> Tensor:
+        """Each of this rank's two chunks of a sequence attends to everything up to its end."""
+        size, rank = cp.size(), cp.rank()
+        keys, values = (_gather_sequences(each, lengths, cp) for each in (key, value))  # whole sequences
+        parts, start = [], 0
+        for length, k, v in zip(lengths, keys, values, strict=True):
+            chunk = length // (2 * size)
+            for number in (rank, 2 * size - 1 - rank):
+                q, end = query[start : start + chunk], (number + 1) * chunk
+                past = torch.ones(chunk, end, dtype=torch.bool, device=q.device).tril(end - chunk)
+                parts.append(
+                    F.scaled_dot_product_attention(
+                        q.transpose(0, 1)[None],
+                        k[:end].transpose(0, 1)[None],
+                        v[:end].transpose(0, 1)[None],
+                        attn_mask=past,
+                        dropout_p=self.dropout if self.training else 0.0,
+                        scale=self.scale,
+                        enable_gqa=k.shape[1] != q.shape[1],
+                    )[0].transpose(0, 1)
+                )
+                start += chunk
+        return torch.cat(parts).flatten(1)
+
+
+def _gather_sequences(local: Tensor, lengths: list[int], cp: ProcessGroup) -> list[Tensor]:
+    """This rank's zigzag slices [T/cp, ...] of all sequences → the sequences, each [length, ...]."""
+    size = cp.size()
+    by_rank = [part.split([length // size for length in lengths]) for part in _AllGather.apply(local, cp).chunk(size)]
+    sequences = []
+    for number in range(len(lengths)):
+        halves = [part[number].chunk(2) for part in by_rank]
+        sequences.append(torch.cat([half[0] for half in halves] + [half[1] for half in reversed(halves)]))
+    return sequences
+
+
+class _AllGather(torch.autograd.Function):
+    """[T, ...] → [size * T, ...]; every rank uses all of it, so the backward sums over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)  # gloo has no reduce-scatter
+        return total.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
 class PortableNorm:

@@ -154,14 +154,15 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         "random": ShardedObject(
             "random",
             random_states,
-            (layout.pp_size, layout.tp_size, layout.dp_size),
-            (layout.pp_rank, layout.tp_rank, layout.dp_rank),
+            (layout.pp_size, layout.tp_size, layout.dp_cp.size()),
+            (layout.pp_rank, layout.tp_rank, layout.dp_cp.rank()),
         ),
     }
 
 
 def _layout(layout: ParallelLayout) -> dict[str, int]:
-    return {"tp": layout.tp_size, "pp": layout.pp_size, "dp": layout.dp_size}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep}
+    return {name: group.size() for name, group in sizes.items()}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

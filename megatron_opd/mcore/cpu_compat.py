@@ -42,6 +42,7 @@ def install() -> None:
     _rng_tracker()
     _fused_adam()
     _checkpoint_results_queue()
+    _expert_counts()
 
 
 def _stub_triton_only_module() -> None:
@@ -56,6 +57,21 @@ def _stub_triton_only_module() -> None:
     module = types.ModuleType(name)
     vars(module).update(GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=refuse, paged_stash_pop_kernel=refuse)
     sys.modules[name] = module
+
+
+def _expert_counts() -> None:
+    """The token dispatcher wants its counts as numpy arrays, but converts only tensors that lie on a GPU.
+
+    The router asks whether Transformer Engine's product is None, by a name that is unbound without Transformer Engine.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.detach().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = to_cpu
+    vars(moe_utils).setdefault("te_general_gemm", None)
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
 def _cuda_device_queries() -> None:

@@ -6,6 +6,8 @@ local layer spec; ``_TE_NAMES`` states where the Transformer Engine spec fuses a
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +32,7 @@ class Dimensions:
     vocab_size: int  # true rows
     padded_vocab_size: int  # divisible by tp
     tied: bool
+    experts: int = 0  # of each layer; 0: dense
 
 
 class Sharding:
@@ -114,11 +117,15 @@ class GatedMLP(Sharding):
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter and the HF tensors that it is made of; ``{i}`` is the layer's global number."""
+    """One Megatron parameter and the HF tensors that it is made of; ``{i}`` is the layer's global number, ``{e}`` the expert's.
+
+    An expert is whole on one rank of each expert-parallel group, its sharding that of a single tensor-parallel rank.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     sharding: Sharding
+    expert: int | None = None
 
 
 def _layer(megatron: str, sharding: Sharding, *hf: str) -> Entry:
@@ -146,7 +153,21 @@ _QK_NORM = (
     _layer("self_attention.k_layernorm.weight", Sharding(), "self_attn.k_norm.weight"),
 )
 
+_ATTENTION_AND_NORMS = tuple(entry for entry in _LLAMA if ".mlp." not in entry.megatron)
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    local, hf = "mlp.experts.local_experts.{e}", f"{block}.experts.{{e}}"
+    return (
+        _layer("mlp.router.weight", Sharding(), f"{block}.gate.weight"),
+        _layer(f"{local}.linear_fc1.weight", GatedMLP(), f"{hf}.{gate}.weight", f"{hf}.{up}.weight"),
+        _layer(f"{local}.linear_fc2.weight", Row(), f"{hf}.{down}.weight"),
+    )
+
+
 TABLES: dict[str, tuple[Entry, ...]] = {
+    "MixtralForCausalLM": _ATTENTION_AND_NORMS + _experts("block_sparse_moe", "w1", "w3", "w2"),
+    "Qwen3MoeForCausalLM": _ATTENTION_AND_NORMS + _QK_NORM + _experts("mlp", "gate_proj", "up_proj", "down_proj"),
     "LlamaForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA + _QKV_BIAS,
     "Qwen3ForCausalLM": _LLAMA + _QK_NORM,
@@ -157,6 +178,9 @@ _TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # Transformer Engine's grouped linear layers
+_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
 
 def table_for(architecture: str) -> tuple[Entry, ...]:
@@ -174,18 +198,22 @@ def entries(architecture: str, dims: Dimensions) -> Iterator[Entry]:
         if "{i}" not in entry.megatron:
             yield entry
             continue
-        for i in range(dims.layers):
-            yield Entry(entry.megatron.format(i=i), tuple(name.format(i=i) for name in entry.hf), entry.sharding)
+        numbers = range(dims.experts) if "{e}" in entry.megatron else (None,)
+        for i, e in itertools.product(range(dims.layers), numbers):
+            hf = tuple(name.format(i=i, e=e) for name in entry.hf)
+            yield Entry(entry.megatron.format(i=i, e=e), hf, entry.sharding, e)
 
 
-def named_parameters(model: GPTModel) -> dict[str, Parameter]:
-    """This stage's parameters by their canonical names: local-spec spelling, global layer numbers."""
+def named_parameters(model: GPTModel, first_expert: int) -> dict[str, Parameter]:
+    """This rank's parameters by their canonical names: local-spec spelling, global layer and expert numbers."""
     first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     named = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, number, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(number) + first_layer}.{_TE_NAMES.get(rest, rest)}"
+            rest = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(rest, rest))
+            rest = _LOCAL_EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + first_expert}.", rest)
+            name = f"decoder.layers.{int(number) + first_layer}.{rest}"
         named[name] = parameter
     return named
 
@@ -195,7 +223,7 @@ def load_weights(
     model: GPTModel, architecture: str, dims: Dimensions, read: Callable[[str], Tensor], layout: ParallelLayout
 ) -> None:
     """Fill this rank's shard; ``read`` gives a full HF tensor by name. Every parameter is filled, or OpdError is raised."""
-    parameters = named_parameters(model)
+    parameters = named_parameters(model, layout.ep_rank * (dims.experts // layout.ep_size))
     if dims.tied and LM_HEAD.megatron in parameters:  # the last stage's copy of a tied embedding
         table = [*entries(architecture, dims), Entry(LM_HEAD.megatron, EMBEDDING.hf, EMBEDDING.sharding)]
     else:
@@ -204,7 +232,7 @@ def load_weights(
         if entry.megatron not in parameters:
             continue
         full = entry.sharding.merge([read(name) for name in entry.hf], dims)
-        shard = entry.sharding.shard(full, layout.tp_rank, layout.tp_size)
+        shard = full if entry.expert is not None else entry.sharding.shard(full, layout.tp_rank, layout.tp_size)
         parameter = parameters.pop(entry.megatron)
         if shard.shape != parameter.shape:
             raise OpdError(f"{entry.megatron}: weights have shape {list(shard.shape)}, the model {list(parameter.shape)}")
@@ -221,16 +249,27 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every HF tensor, full and unpadded, on every rank of this data-parallel replica, one at a time.
 
-    Collective over the tensor-parallel group (gather) and the pipeline-parallel group (broadcast from the owning stage): all
-    ranks must consume the whole stream.
+    Collective over the tensor-parallel group (gather), for experts the expert-parallel group (broadcast from the owner), and the
+    pipeline-parallel group (broadcast from the owning stage): all ranks must consume the whole stream.
     """
-    parameters = named_parameters(model)
+    experts_here = dims.experts // layout.ep_size
+    parameters = named_parameters(model, layout.ep_rank * experts_here)
     owned: list[dict[str, torch.Size]] = [{} for _ in range(layout.pp_size)]
     dist.all_gather_object(owned, {name: p.shape for name, p in parameters.items()}, group=layout.pp)
     dtype, device = next((p.dtype, p.device) for p in model.parameters())
     for entry in entries(architecture, dims):
-        owner = next(stage for stage, shapes in enumerate(owned) if entry.megatron in shapes)
-        if layout.pp_rank == owner:
+        local_name, expert_owner = entry.megatron, 0
+        if entry.expert is not None:  # every rank of the group has as many, so an own one tells stage and shape
+            expert_owner, place = divmod(entry.expert, experts_here)
+            local_name = _LOCAL_EXPERT.sub(f"local_experts.{layout.ep_rank * experts_here + place}.", entry.megatron)
+        owner = next(stage for stage, shapes in enumerate(owned) if local_name in shapes)
+        if entry.expert is not None:
+            full = torch.empty(owned[owner][local_name], dtype=dtype, device=device)
+            if layout.pp_rank == owner:
+                full.copy_(parameters[local_name].detach())
+                dist.broadcast(full, dist.get_global_rank(layout.ep, expert_owner), group=layout.ep)
+            shards = [full]
+        elif layout.pp_rank == owner:
             local = parameters[entry.megatron].detach().contiguous()
             shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
             dist.all_gather(shards, local, group=layout.tp)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.hf_folder import HFFolder
+from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
 from megatron_opd.mcore.hf_mapping import Dimensions, load_weights, table_for
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
@@ -91,9 +91,23 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpe
     except OpdError as error:
         raise OpdError(f"{key}: {error}") from error
     hf = folder.config
-    for flag in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if hf.to_dict().get(flag):
-            raise OpdError(f"{key}: {folder.path / 'config.json'} sets {flag}={hf.to_dict()[flag]}, which is not supported")
+    fields = hf.to_dict()
+    flags = ["attention_bias", "mlp_bias", "use_sliding_window", "mlp_only_layers"]
+    if "use_sliding_window" not in fields:
+        flags.append("sliding_window")
+    for flag in flags:
+        if fields.get(flag):
+            raise OpdError(f"{key}: {folder.path / 'config.json'} sets {flag}={fields[flag]}, which is not supported")
+    if fields.get("decoder_sparse_step", 1) != 1:
+        raise OpdError(f"{key}: {folder.path / 'config.json'} mixes dense and expert layers, which is not supported")
+    experts = fields.get("num_local_experts") or fields.get("num_experts") or 0
+    if experts and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise OpdError(f"{key}: experts with tp={parallel.tp} need student.parallel.sequence_parallel=true; set it")
+    if experts and parallel.tp > 1 and parallel.ep == 1:
+        # Megatron reduces the gradients of experts over the tensor-parallel ranks, which see other tokens, only for ep > 1.
+        raise OpdError(f"{key}: experts with tp={parallel.tp} and ep=1 get wrong gradients in Megatron; set ep={parallel.tp}")
+    if not experts and parallel.ep > 1:
+        raise OpdError(f"student.parallel.ep: {parallel.ep}, but {key} has no experts; set ep=1")
     if hf.hidden_act != "silu":
         raise OpdError(f"{key}: {folder.path / 'config.json'} sets hidden_act={hf.hidden_act}; only silu is supported")
     rope_type = hf.rope_parameters["rope_type"]
@@ -104,6 +118,7 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpe
         ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
         ("intermediate_size", hf.intermediate_size, "tp", parallel.tp),
         ("num_hidden_layers", hf.num_hidden_layers, "pp", parallel.pp),
+        ("num_experts", experts, "ep", parallel.ep),
     ):
         if value % size:
             raise OpdError(f"{key}: {name}={value} is not divisible by {axis}={size}; choose a {axis} that divides it")
@@ -118,6 +133,7 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpe
             vocab_size=hf.vocab_size,
             padded_vocab_size=padded_vocab_size(hf.vocab_size, parallel.tp),
             tied=bool(hf.tie_word_embeddings),
+            experts=experts,
         ),
         max_positions=hf.max_position_embeddings,
     )
@@ -141,7 +157,7 @@ def transformer_config(
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "add_qkv_bias": spec.architecture == "Qwen2ForCausalLM",
-        "qk_layernorm": spec.architecture == "Qwen3ForCausalLM",
+        "qk_layernorm": spec.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "context_parallel_size": parallel.cp,
@@ -155,6 +171,7 @@ def transformer_config(
         # Packed micro-batches differ in length; Megatron asks for this dispatcher even in dense models.
         "variable_seq_lengths": parallel.pp > 1,
         "moe_token_dispatcher_type": "alltoall",
+        **(_expert_fields(spec, platform) if dims.experts else {}),
     }
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -167,6 +184,24 @@ def transformer_config(
         return TransformerConfig(**{**derived, **defaults, **native})
     except (TypeError, ValueError, AssertionError) as error:
         raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
+
+
+def _expert_fields(spec: ModelSpec, platform: Platform) -> dict[str, Any]:
+    """Routing as transformers has it: softmax over the chosen experts alone where their weights are normalised; no auxiliary loss.
+
+    The distillation target moves the router; a balancing loss of its own would be a second objective.
+    """
+    fields = spec.hf.to_dict()
+    return {
+        "num_moe_experts": spec.dims.experts,
+        "moe_router_topk": fields["num_experts_per_tok"],
+        "moe_ffn_hidden_size": fields.get("moe_intermediate_size") or fields["intermediate_size"],
+        "moe_router_pre_softmax": not fields.get("norm_topk_prob", True),
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": platform.transformer_engine,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_model(
@@ -211,5 +246,5 @@ def load_random(model: HiddenStateModel, spec: ModelSpec, layout: ParallelLayout
     """transformers' own initialisation, seeded: the same weights in every layout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        weights = AutoModelForCausalLM.from_config(spec.hf, dtype=torch.float32).state_dict()
+        weights = checkpoint_tensors(AutoModelForCausalLM.from_config(spec.hf, dtype=torch.float32))
     load_weights(model, spec.architecture, spec.dims, weights.__getitem__, layout)

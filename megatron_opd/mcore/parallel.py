@@ -17,11 +17,17 @@ from megatron_opd.types import OpdError
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """This rank's place in TP x PP x DP. Megatron's order: tensor-parallel ranks are neighbours, then data, then pipeline."""
+    """This rank's place in TP x CP x DP x PP, Megatron's order: tensor-parallel ranks are neighbours.
+
+    Experts are spread over groups of ``ep`` ranks of one pipeline stage, each expert whole (expert tensor parallelism is 1).
+    """
 
     tp: ProcessGroup
+    cp: ProcessGroup
     pp: ProcessGroup
-    dp: ProcessGroup  # context parallel ranks included: they hold different tokens of one global batch
+    dp: ProcessGroup
+    dp_cp: ProcessGroup  # all ranks that hold different tokens of one global batch, for one shard of the weights
+    ep: ProcessGroup
 
     @property
     def tp_size(self) -> int:
@@ -30,6 +36,14 @@ class ParallelLayout:
     @property
     def tp_rank(self) -> int:
         return self.tp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.cp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.cp.rank()
 
     @property
     def pp_size(self) -> int:
@@ -46,6 +60,14 @@ class ParallelLayout:
     @property
     def dp_rank(self) -> int:
         return self.dp.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.ep.size()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.ep.rank()
 
     @property
     def is_first_stage(self) -> bool:
@@ -72,7 +94,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             f"student.parallel: {axes}{asked} does not fit {world_size} ranks; "
             f"start a multiple of {shards} ranks{'' if parallel.dp is None else ', or leave dp unset'}"
         )
-    return world_size // shards
+    dp_size = world_size // shards
+    stage = world_size // parallel.pp
+    if stage % parallel.ep:
+        raise OpdError(
+            f"student.parallel.ep: {parallel.ep} does not divide the {stage} ranks of a pipeline stage; choose one that does"
+        )
+    return dp_size
 
 
 def init_process_group(platform: Platform, timeout_s: float = 1800.0) -> None:
@@ -93,10 +121,14 @@ def init_layout(parallel: ParallelConfig, seed: int) -> ParallelLayout:
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelLayout(
         tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
     )

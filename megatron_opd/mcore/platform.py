@@ -58,7 +58,12 @@ class Platform:
         """The decoder of this pipeline stage."""
         if self.transformer_engine:
             return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        layer = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+        )
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
         attention = parts.self_attention.submodules

@@ -116,8 +116,8 @@ class Trainer:
             tokens = torch.tensor(float(batch.num_tokens), device=device)
             sums += torch.stack([each.double() for each in (*output.terms, tokens)])
             largest = torch.maximum(largest, output.engine_gap_max.double())
-        dist.all_reduce(sums, group=self.layout.dp)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp)
+        dist.all_reduce(sums, group=self.layout.dp_cp)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp_cp)
         total = torch.cat([sums, largest])
         if self.layout.pp_size > 1:
             dist.broadcast(total, self.layout.last_stage, group=self.layout.pp)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_opd.hf_folder import checkpoint_tensors
 from megatron_opd.rollout.attention import GROUPED_SDPA
 from megatron_opd.rollout.decoding import Job, Written, decode
 from megatron_opd.types import NamedTensors, OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer
@@ -86,8 +87,9 @@ class EmbeddedEngine:
             OpdError: a name is unknown, missing or given twice, or a shape differs.
         """
         self._version = None
-        parameters = dict(self._model.named_parameters())  # a tied tensor appears once
-        tied = set(self._model.state_dict()) - set(parameters)
+        parameters = checkpoint_tensors(self._model)
+        tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
+        parameters = {name: tensor for name, tensor in parameters.items() if name not in tied}
         missing = dict.fromkeys(parameters)
         errors = []
         for name, tensor in weights:

@@ -33,9 +33,22 @@ LAYOUTS = {
     "tp2 sp": ParallelConfig(tp=2, sequence_parallel=True),
     "pp2": ParallelConfig(pp=2),
     "dp2": ParallelConfig(dp=2),
+    "cp2": ParallelConfig(cp=2),
+    "tp2 sp x cp2": ParallelConfig(tp=2, cp=2, sequence_parallel=True),
+    "cp2 x pp2": ParallelConfig(cp=2, pp=2),
+    "cp2 x dp2": ParallelConfig(cp=2, dp=2),
     "tp2 x pp2": ParallelConfig(tp=2, pp=2),
     "tp2 x dp2": ParallelConfig(tp=2, dp=2),
     "pp2 x dp2": ParallelConfig(pp=2, dp=2),
+}
+EXPERT_LAYOUTS = {
+    "ep2": ParallelConfig(ep=2, dp=2),
+    "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
+    "tp2 sp x ep4": ParallelConfig(tp=2, ep=4, dp=2, sequence_parallel=True),
+    "tp2 sp x ep2 x dp2": ParallelConfig(tp=2, ep=2, dp=2, sequence_parallel=True),
+    "ep2 x pp2": ParallelConfig(ep=2, pp=2, dp=2),
+    "ep2 x cp2": ParallelConfig(ep=2, cp=2),
+    "ep4": ParallelConfig(ep=4, dp=4),
 }
 OTHER_SPLITS = {
     "tp1, micro-batches of 64 tokens": Case(max_tokens=64),
@@ -132,7 +145,18 @@ def test_steps_agree_in_every_layout(
     name: str,
 ) -> None:
     case = OTHER_SPLITS[name] if name in OTHER_SPLITS else Case(parallel=LAYOUTS[name], max_tokens=64)
-    expected_stats, expected_weights = one_rank
+    _assert_steps_agree(pool, models, case, one_rank, table, name)
+
+
+def _assert_steps_agree(
+    pool: WorkerPool,
+    models: tuple[str, str],
+    case: Case,
+    expected: tuple[list, dict[str, torch.Tensor]],
+    table: Table,
+    name: str,
+) -> None:
+    expected_stats, expected_weights = expected
     for stats, weights in pool.run(case.world_size, train_steps, *models, case, 3):
         for actual, expected in zip(stats, expected_stats, strict=True):
             for field, value in actual.terms._asdict().items():
@@ -144,6 +168,31 @@ def test_steps_agree_in_every_layout(
         last, first = stats[-1], expected_stats[-1]
         row = f"loss {last.terms.loss:.6f} ({first.terms.loss:.6f})  grad norm {last.grad_norm:.5f} ({first.grad_norm:.5f})"
         table.add("third step in other layouts (and on one rank)", f"{name:32}", row)
+
+
+@pytest.fixture(scope="module")
+def expert_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("experts")
+    make_model(folder / "student", "qwen3_moe", layers=2, seed=1)
+    make_model(folder / "teacher", "mixtral", layers=2, hidden=48, seed=2)
+    return str(folder / "student"), str(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def experts_on_one_rank(pool: WorkerPool, expert_models: tuple[str, str]) -> tuple[list, dict[str, torch.Tensor]]:
+    return pool.run(1, train_steps, *expert_models, Case(), 3)[0]
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_steps_of_experts_agree_in_every_layout(
+    pool: WorkerPool,
+    expert_models: tuple[str, str],
+    experts_on_one_rank: tuple[list, dict[str, torch.Tensor]],
+    table: Table,
+    name: str,
+) -> None:
+    case = Case(parallel=EXPERT_LAYOUTS[name], max_tokens=64)
+    _assert_steps_agree(pool, expert_models, case, experts_on_one_rank, table, f"experts, {name}")
 
 
 def test_sources_do_not_dilute_each_other(pool: WorkerPool, models: tuple[str, str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_opd.config import OptimizerConfig, ParallelConfig
-from megatron_opd.data import pack
+from megatron_opd.data import context_slice, pack
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_opd.mcore.frozen import FrozenModel
@@ -145,9 +145,14 @@ def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> li
         random.Random(case.shuffle).shuffle(rollouts)
     multiple = case.parallel.tp if case.parallel.sequence_parallel else 1
     shares = pack(
-        rollouts, dp_size=layout.dp_size, max_tokens=case.max_tokens, aggregation=case.aggregation, pad_to_multiple=multiple
+        rollouts,
+        dp_size=layout.dp_size,
+        max_tokens=case.max_tokens,
+        aggregation=case.aggregation,
+        cp_size=layout.cp_size,
+        pad_to_multiple=multiple,
     )
-    return shares[layout.dp_rank]
+    return [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
 
 
 def weights_after_a_skipped_step(student: str, teacher: str, parallel: ParallelConfig, skip: bool) -> tuple[list[bool], dict]:
