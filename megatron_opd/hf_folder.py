@@ -155,7 +155,7 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict by the names of a checkpoint, as views: transformers holds a layer's experts fused, a checkpoint by one."""
+    """The state dict by a checkpoint's names, as views: transformers holds a layer's experts fused, a checkpoint one by one."""
     gate, up, down = _EXPERT_NAMES.get(model.config.model_type, ("gate_proj", "up_proj", "down_proj"))
     moe = "block_sparse_moe" if model.config.model_type == "mixtral" else "mlp"
     named: dict[str, Tensor] = {}

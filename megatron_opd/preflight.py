@@ -106,7 +106,8 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         "run": f"{config.run.name}: {config.run.steps} steps into {config.run.dir}",
         "platform": f"{platform.device.type}, {platform.backend}, "
         + ("Transformer Engine spec" if platform.transformer_engine else "local layer spec"),
-        "layout": f"tp={parallel.tp} cp={parallel.cp} pp={parallel.pp} ep={parallel.ep} dp={inputs.dp_size} on {world_size} ranks",
+        "layout": f"tp={parallel.tp} cp={parallel.cp} pp={parallel.pp} ep={parallel.ep} dp={inputs.dp_size}"
+        f" on {world_size} ranks",
         "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
         "teacher": ", ".join(f"{name} {folder.path}".strip() for name, folder in inputs.teachers.items()) or "none",
         "reference": str(inputs.reference.path) if inputs.reference else "none",

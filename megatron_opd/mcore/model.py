@@ -187,9 +187,9 @@ def transformer_config(
 
 
 def _expert_fields(spec: ModelSpec, platform: Platform) -> dict[str, Any]:
-    """Routing as transformers has it: softmax over the chosen experts alone where their weights are normalised; no auxiliary loss.
+    """Routing as transformers has it: softmax over the chosen experts alone where their weights are normalised.
 
-    The distillation target moves the router; a balancing loss of its own would be a second objective.
+    No auxiliary loss: the distillation target moves the router, and balancing would be a second objective.
     """
     fields = spec.hf.to_dict()
     return {

@@ -37,13 +37,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3 (qk norm)": {"arch": "qwen3"},
     "qwen3, tied": {"arch": "qwen3", "tied": True},
     "llama, sharded file": {"arch": "llama", "max_shard_size": "20KB"},
+    "mixtral": {"arch": "mixtral"},
+    "qwen3 moe": {"arch": "qwen3_moe"},
 }
+EXPERTS = ("mixtral", "qwen3 moe")
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
     "tp2 sp": ParallelConfig(tp=2, sequence_parallel=True),
     "pp2": ParallelConfig(pp=2),
+    "ep2": ParallelConfig(ep=2, dp=2),
+    "ep2 x tp2 sp": ParallelConfig(ep=2, tp=2, sequence_parallel=True),
+    "ep2 x pp2": ParallelConfig(ep=2, pp=2, dp=2),
 }
+
+
+def cases(*models: str) -> list[tuple[str, str]]:
+    """Models with the layouts that they have: experts take tensor parallelism together with expert parallelism only."""
+    return [(m, n) for m in models for n in LAYOUTS if n == "tp1" or n == "pp2" or (m in EXPERTS) == ("ep2" in n)]
+
+
 SEQUENCES = [[7, 99, 3, 100, 41, 12, 5, 77, 23, 64, 8, 9], [55, 0, 31], [2, 2, 90, 17, 66, 81, 50]]
 
 
@@ -60,12 +73,11 @@ def megatron_logits(folder: str, parallel: ParallelConfig) -> torch.Tensor | Non
     return torch.cat(shards, dim=1)[:, : spec.dims.vocab_size]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), cases(*MODELS))
 def test_logits_equal_transformers(pool: WorkerPool, tmp_path: Path, table: Table, model: str, layout: str) -> None:
     reference = make_model(tmp_path, **MODELS[model])
     parallel = LAYOUTS[layout]
-    results = pool.run(parallel.model_parallel_size, megatron_logits, str(tmp_path), parallel)
+    results = pool.run(parallel.model_parallel_size * (parallel.dp or 1), megatron_logits, str(tmp_path), parallel)
     with torch.no_grad():
         expected = torch.cat([reference(torch.tensor([sequence])).logits[0] for sequence in SEQUENCES])  # [T, V]
     for logits in results:
@@ -86,15 +98,14 @@ def exported(folder: str, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in export_weights(model, spec.architecture, spec.dims, layout)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)"])
+@pytest.mark.parametrize(("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", *EXPERTS))
 def test_export_returns_every_tensor_bit_for_bit_on_every_rank(
     pool: WorkerPool, tmp_path: Path, model: str, layout: str
 ) -> None:
     make_model(tmp_path, **MODELS[model])
     source = HFFolder(tmp_path)
     parallel = LAYOUTS[layout]
-    for weights in pool.run(parallel.model_parallel_size, exported, str(tmp_path), parallel):
+    for weights in pool.run(parallel.model_parallel_size * (parallel.dp or 1), exported, str(tmp_path), parallel):
         assert set(weights) == set(source.files)
         assert all(torch.equal(weights[name], source.tensor(name)) for name in weights)
 

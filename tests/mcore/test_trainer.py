@@ -152,11 +152,11 @@ def _assert_steps_agree(
     pool: WorkerPool,
     models: tuple[str, str],
     case: Case,
-    expected: tuple[list, dict[str, torch.Tensor]],
+    one_rank: tuple[list, dict[str, torch.Tensor]],
     table: Table,
     name: str,
 ) -> None:
-    expected_stats, expected_weights = expected
+    expected_stats, expected_weights = one_rank
     for stats, weights in pool.run(case.world_size, train_steps, *models, case, 3):
         for actual, expected in zip(stats, expected_stats, strict=True):
             for field, value in actual.terms._asdict().items():
