@@ -53,7 +53,7 @@ def saved(pool: WorkerPool, models: tuple[str, str], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def uninterrupted(pool: WorkerPool, models: tuple[str, str]) -> tuple[float, float]:
     third = pool.run(1, train_steps, *models, Case(), 3)[0][0][2]
-    return third.loss, third.grad_norm
+    return third.terms.loss, third.grad_norm
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
