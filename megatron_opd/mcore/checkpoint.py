@@ -6,6 +6,7 @@ while saving leaves the earlier ones as they were. ``state.json`` beside the ten
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -30,6 +31,7 @@ _NAME = re.compile(r"step_(\d{8})")
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own for ep > 1 only
 }
 # What the config of the resumed run decides: Megatron would restore it from the checkpoint, and ignore a lowered learning rate.
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
@@ -113,6 +115,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
     wanted = _sharded_state(trainer, loading=True)
     if not same_layout:  # random states belong to the ranks of one layout
         del wanted["random"]
+    own_groups = [copy.deepcopy(part["optimizer"]) for part in _optimizers(wanted, trainer)] if _has_experts(trainer) else []
     try:
         loaded = dist_checkpointing.load(wanted, str(path))
     except Exception as error:  # Megatron and torch raise many kinds for a damaged checkpoint
@@ -120,6 +123,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
             f"checkpoint {path}: cannot be loaded ({' '.join(str(error).split())}); delete it to use the one before"
         ) from error
     trainer.model.load_state_dict(loaded["model"])
+    if own_groups:
+        loaded["optimizer"] = _regroup(loaded["optimizer"], own_groups)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     for group, values in zip(trainer.optimizer.param_groups, configured, strict=True):
         group.update(values)
@@ -158,6 +163,34 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
             (layout.pp_rank, layout.tp_rank, layout.dp_cp.rank()),
         ),
     }
+
+
+def _has_experts(trainer: Trainer) -> bool:
+    return trainer.spec.dims.experts > 0 and all(hasattr(each, "gbuf_ranges") for each in trainer.optimizer.chained_optimizers)
+
+
+def _optimizers(state: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+    """The state of each chained optimizer; Megatron leaves the list out where there is one."""
+    count = len(trainer.optimizer.chained_optimizers)
+    return [state["optimizer"]] if count == 1 else [state["optimizer"][i] for i in range(count)]
+
+
+def _regroup(loaded: dict[Any, Any], own_groups: list[dict[str, Any]]) -> dict[Any, Any]:
+    """The loaded optimizer state for this run's optimizers: experts have one of their own for ep > 1 only.
+
+    Tensors are found by name wherever they were; what is not a tensor lies in the form of the run that saved. Its parameter
+    groups hold nothing that this run's do not, but the number of steps.
+    """
+    saved = loaded[0] if 0 in loaded and "optimizer" in loaded[0] else loaded
+    steps = saved["optimizer"]["param_groups"][0]["step"]
+    common = {key: value for key, value in saved.items() if isinstance(key, str) and key.startswith("param_state_")}
+    parts = []
+    for number, own in enumerate(own_groups):
+        part = loaded if len(own_groups) == 1 else loaded[number]
+        tensors = {key: value for key, value in part.items() if isinstance(key, str) and key != "optimizer"}
+        groups = [{**group, "step": steps} for group in own["param_groups"]]
+        parts.append({**common, **tensors, "optimizer": {**own, "param_groups": groups}})
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
 def _layout(layout: ParallelLayout) -> dict[str, int]:

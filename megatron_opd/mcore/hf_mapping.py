@@ -249,8 +249,8 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every HF tensor, full and unpadded, on every rank of this data-parallel replica, one at a time.
 
-    Collective over the tensor-parallel group (gather), for experts over the expert-parallel group (broadcast from the owner), and
-    over the pipeline-parallel group (broadcast from the owning stage): all ranks must consume the whole stream.
+    Collective over the tensor-parallel group (gather), for experts over the expert-parallel group (broadcast from the owner),
+    and over the pipeline-parallel group (broadcast from the owning stage): all ranks must consume the whole stream.
     """
     experts_here = dims.experts // layout.ep_size
     parameters = named_parameters(model, layout.ep_rank * experts_here)

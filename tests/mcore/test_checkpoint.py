@@ -21,6 +21,13 @@ LAYOUTS = {
     "dp2": ParallelConfig(dp=2),
     "tp2 x pp2": ParallelConfig(tp=2, pp=2),
     "tp2 x dp2": ParallelConfig(tp=2, dp=2),
+    "tp2 sp x cp2": ParallelConfig(tp=2, cp=2, sequence_parallel=True),
+}
+EXPERT_LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "ep2": ParallelConfig(ep=2, dp=2),
+    "pp2": ParallelConfig(pp=2),
+    "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
 }
 FAST = {("tp2", "pp2"), ("tp1", "tp1")}
 PAIRS = [
@@ -37,17 +44,40 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def saved(pool: WorkerPool, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def expert_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("experts")
+    make_model(folder / "student", "qwen3_moe", layers=2, seed=1)
+    make_model(folder / "teacher", "mixtral", layers=2, hidden=48, seed=2)
+    return str(folder / "student"), str(folder / "teacher")
+
+
+class Saved(dict[str, str]):
     """A checkpoint after two steps for each layout, made when first asked for."""
 
-    class Lazy(dict[str, str]):
-        def __missing__(self, name: str) -> str:
-            case = Case(parallel=LAYOUTS[name])
-            folder = tmp_path_factory.mktemp("saved")
-            self[name] = pool.run(case.world_size, save_after, *models, case, 2, str(folder))[0]
-            return self[name]
+    def __init__(
+        self,
+        pool: WorkerPool,
+        models: tuple[str, str],
+        layouts: dict[str, ParallelConfig],
+        folders: pytest.TempPathFactory,
+    ) -> None:
+        super().__init__()
+        self.pool, self.models, self.layouts, self.folders = pool, models, layouts, folders
 
-    return Lazy()
+    def __missing__(self, name: str) -> str:
+        case, folder = Case(parallel=self.layouts[name]), str(self.folders.mktemp("saved"))
+        self[name] = self.pool.run(case.world_size, save_after, *self.models, case, 2, folder)[0]
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def saved(pool: WorkerPool, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(pool, models, LAYOUTS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def saved_experts(pool: WorkerPool, expert_models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(pool, expert_models, EXPERT_LAYOUTS, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +90,47 @@ def uninterrupted(pool: WorkerPool, models: tuple[str, str]) -> tuple[float, flo
 def test_next_step_agrees_when_a_checkpoint_moves_between_layouts(
     pool: WorkerPool,
     models: tuple[str, str],
-    saved: dict[str, str],
+    saved: Saved,
     uninterrupted: tuple[float, float],
     table: Table,
     one: str,
     other: str,
 ) -> None:
-    case = Case(parallel=LAYOUTS[other])
-    for stats in pool.run(case.world_size, resume_for_one_step, *models, case, saved[one]):
-        assert math.isclose(stats.terms.loss, uninterrupted[0], rel_tol=1e-5)
-        assert math.isclose(stats.grad_norm, uninterrupted[1], rel_tol=1e-5)
-    figure = f"loss {stats.terms.loss:.6f} ({uninterrupted[0]:.6f})"
-    table.add("step after a checkpoint of another layout (and without interruption)", f"{one:10} -> {other:10}", figure)
+    _assert_next_step_agrees(pool, models, saved[one], LAYOUTS[other], uninterrupted, table, f"{one:13} -> {other:13}")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(one, other, marks=[] if (one, other) == ("ep2", "tp1") else pytest.mark.slow)
+        for one in EXPERT_LAYOUTS
+        for other in EXPERT_LAYOUTS
+    ],
+)
+def test_next_step_of_experts_agrees_when_a_checkpoint_moves_between_layouts(
+    pool: WorkerPool, expert_models: tuple[str, str], saved_experts: Saved, table: Table, one: str, other: str
+) -> None:
+    third = pool.run(1, train_steps, *expert_models, Case(), 3)[0][0][2]
+    expected = third.terms.loss, third.grad_norm
+    row = f"experts, {one:13} -> {other:13}"
+    _assert_next_step_agrees(pool, expert_models, saved_experts[one], EXPERT_LAYOUTS[other], expected, table, row)
+
+
+def _assert_next_step_agrees(
+    pool: WorkerPool,
+    models: tuple[str, str],
+    checkpoint: str,
+    parallel: ParallelConfig,
+    expected: tuple[float, float],
+    table: Table,
+    row: str,
+) -> None:
+    case = Case(parallel=parallel)
+    for stats in pool.run(case.world_size, resume_for_one_step, *models, case, checkpoint):
+        assert math.isclose(stats.terms.loss, expected[0], rel_tol=1e-5)
+        assert math.isclose(stats.grad_norm, expected[1], rel_tol=1e-5)
+    figure = f"loss {stats.terms.loss:.6f} ({expected[0]:.6f})"
+    table.add("step after a checkpoint of another layout (and without interruption)", row, figure)
 
 
 def test_lost_weights_are_not_saved_over_good_ones(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:
