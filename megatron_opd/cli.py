@@ -1,4 +1,4 @@
-"""``megatron-opd train|check CONFIG [key.path=value ...]``"""
+"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``"""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_opd.config import Config, load_config
 from megatron_opd.types import OpdError, RunStopped
 
+if TYPE_CHECKING:
+    from megatron_opd.mcore.platform import Platform
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: the run stopped itself; 2: bad input, one line on stderr."""
+    """Exit code 0: done; 1: the run stopped itself, or the audit failed; 2: bad input, one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         _quiet_libraries()
-        return _check(config) if options.command == "check" else _train(config, arguments)
+        commands = {"train": _train, "check": _check, "audit": _audit}
+        return commands[options.command](config, arguments)
     except OpdError as error:
         return _fail(error, 2)
     except RunStopped as error:
@@ -32,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("train", "run CONFIG, resuming where it stopped"),
         ("check", "check CONFIG and its inputs, build nothing"),
+        ("audit", "compare loss and gradients in CONFIG's layout with a dense computation"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
@@ -40,22 +46,37 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: Config, arguments: list[str]) -> int:
-    # Imported late: a wrong config is refused before torch and Megatron are loaded.
+    # Imported late, here and below: a wrong config is refused before torch and Megatron are loaded.
+    from megatron_opd.train import train
+
+    def succeeds(config: Config, platform: Platform) -> bool:
+        train(config, platform)
+        return True
+
+    return _on_all_ranks(succeeds, config, arguments)
+
+
+def _audit(config: Config, arguments: list[str]) -> int:
+    from megatron_opd.audit.run import audit
+
+    return _on_all_ranks(audit, config, arguments)
+
+
+def _on_all_ranks(succeeds: Callable[[Config, Platform], bool], config: Config, arguments: list[str]) -> int:
+    """Call it where this process is a rank of a world, else run the same command on new processes, one for each rank."""
     from megatron_opd.launch import joined_world, local_rank, local_world_size, run_ranks
     from megatron_opd.mcore.platform import Platform
     from megatron_opd.preflight import prepare
-    from megatron_opd.train import train
 
     platform = Platform.detect(local_rank())
     if joined_world() is not None:
-        train(config, platform)
-        return 0
+        return 0 if succeeds(config, platform) else 1
     world_size = local_world_size(config.student.parallel, platform.device_count())
     prepare(config, platform, world_size)
     return run_ranks(arguments, world_size, platform)
 
 
-def _check(config: Config) -> int:
+def _check(config: Config, _arguments: list[str]) -> int:
     from megatron_opd.launch import joined_world, local_world_size
     from megatron_opd.mcore.platform import Platform
     from megatron_opd.preflight import describe, prepare

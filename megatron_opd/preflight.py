@@ -207,7 +207,7 @@ def _resume(config: Config, spec: ModelSpec) -> tuple[Path | None, int]:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have probed just now
     except OSError as error:
         raise OpdError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from error
     latest = latest_checkpoint(run_dir / "checkpoints")

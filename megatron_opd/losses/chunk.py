@@ -46,14 +46,15 @@ class ChunkLoss:
     temperature: float
     shard: VocabShard
 
-    def working_matrices(self, models: int, device: torch.device) -> int:
-        """How many [c, size] :meth:`softmax` wants: the logits, and as many again where no kernel takes exponentials anew."""
-        return models if self._has_kernels(device) else 2 * models
+    def spare_matrices(self, device: torch.device) -> int:
+        """How many [c, size] :meth:`softmax` wants beside the logits: 0 or 2."""
+        looks_twice = isinstance(self.opd, TopK) or (not isinstance(self.opd, PolicyGradient) and self.opd.mixture)
+        return 2 if looks_twice and not self._has_kernels(device) else 0
 
     def softmax(self, student: Tensor, teacher: Tensor | None, reference: Tensor | None, spare: Tensor) -> ChunkSoftmax:
-        """The passes over these logits, each [c, size]; ``spare`` [.., c, size] is memory to work in."""
+        """The passes over these logits, each [c, size]; ``spare`` [0 or 2, c, size] is memory to work in."""
         if not self._has_kernels(student.device):
-            return TorchSoftmax(student, teacher, reference, spare)
+            return TorchSoftmax(student, teacher, reference, spare if len(spare) else None)
         from megatron_opd.losses.triton_softmax import TritonSoftmax  # Triton is installed with torch's builds for GPUs alone
 
         return TritonSoftmax(student, teacher, reference)

@@ -30,7 +30,7 @@ from megatron_opd.types import OpdKind
 # as far as the products, each of which streams the whole LM head, leave it a choice.
 _CHUNK_BYTES = 256 * 2**20
 _CHUNK_BYTES_CPU = 4 * 2**20
-_FEWEST_CHUNK_TOKENS = 128
+_FEWEST_CHUNK_TOKENS = 256
 
 
 class Head(NamedTuple):
@@ -88,7 +88,7 @@ class LinearLoss:
         """
         dtype = statistics_dtype(student.weight.dtype)
         budget = _CHUNK_BYTES_CPU if student.weight.is_cpu else _CHUNK_BYTES
-        matrices = (self.chunks_in_flight, self.loss.working_matrices(rows.models, student.weight.device))
+        matrices = (self.chunks_in_flight, rows.models + self.loss.spare_matrices(student.weight.device))
         affordable = budget // (matrices[0] * matrices[1] * student.weight.shape[0] * dtype.itemsize)
         chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(len(rows.positions), 1))
         return student.hidden.new_empty(*matrices, chunk, self.loss.shard.size, dtype=dtype)

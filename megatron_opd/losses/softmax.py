@@ -46,11 +46,15 @@ class ChunkSoftmax(Protocol):
 
 
 class TorchSoftmax:
-    """A :class:`ChunkSoftmax` that keeps the exponentials in ``spare`` [models, c, size]."""
+    """A :class:`ChunkSoftmax` whose exponentials take the logits' place as soon as these have been used.
 
-    def __init__(self, student: Tensor, teacher: Tensor | None, reference: Tensor | None, spare: Tensor) -> None:
+    A mixture and top-k look at both once more: for them ``spare`` [2, c, size] holds the exponentials of student and teacher.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor | None, reference: Tensor | None, spare: Tensor | None = None) -> None:
         self.student, self.teacher, self.reference = student, teacher, reference
-        self.student_exp, self.teacher_exp = spare[0], spare[1] if teacher is not None else None
+        self.student_exp = student if spare is None else spare[0]
+        self.teacher_exp = teacher if spare is None else spare[1]
 
     def sums(self, maxima: Tensor, cross: Cross) -> list[Tensor]:
         count = 2 + 4 * (self.teacher is not None) + 2 * (self.reference is not None)
@@ -59,23 +63,25 @@ class TorchSoftmax:
             return list(shares)
         for rows in self._blocks():
             s = self.student[rows].sub_(maxima[0, rows, None])
-            exp_s = torch.exp(s, out=self.student_exp[rows])
+            exp_s = torch.exp(s)
             results = [exp_s.sum(-1), _dot(exp_s, s)]
             if self.teacher is not None and self.teacher_exp is not None:
                 t = self.teacher[rows].sub_(maxima[1, rows, None])
-                exp_t = torch.exp(t, out=self.teacher_exp[rows])
+                exp_t = torch.exp(t)
                 agreement = (s + t).amax(-1) == 0  # both are 0 at their maximum and below 0 elsewhere
                 results += [exp_t.sum(-1), _dot(exp_t, t), agreement.to(s.dtype)]
                 if cross is Cross.REVERSE:
                     results.append(_dot(exp_s, torch.sub(s, t, out=t)))
                 elif cross is Cross.FORWARD:
-                    results.append(_dot(exp_t, t.sub_(s)))
+                    results.append(_dot(exp_t, t - s))
                 else:
                     results.append(torch.zeros_like(results[0]))
+                if self.teacher_exp is not self.teacher or cross is Cross.FORWARD:
+                    self.teacher_exp[rows] = exp_t
             if self.reference is not None:
                 r = self.reference[rows].sub_(maxima[-1, rows, None])
-                exp_r = torch.exp(r)
-                results += [exp_r.sum(-1), _dot(exp_s, torch.sub(s, r, out=r))]
+                results += [torch.exp(r).sum(-1), _dot(exp_s, torch.sub(s, r, out=r))]
+            self.student_exp[rows] = exp_s
             torch.stack(results, out=shares[:, rows])
         return list(shares)
 

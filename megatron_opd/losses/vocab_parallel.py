@@ -98,9 +98,8 @@ class _Divergence(torch.autograd.Function):
         dtype, size = statistics_dtype(student_logits.dtype), loss.shard.size
         student, teacher = (each[:, :size].to(dtype, copy=True) for each in (student_logits, teacher_logits))
         zeros, ones = student.new_zeros(len(student)), student.new_ones(len(student))
-        spare = loss.working_matrices(2, student.device) - 2
         steps = loss.run(
-            loss.softmax(student, teacher, None, spare=student.new_empty(spare, *student.shape)),
+            loss.softmax(student, teacher, None, spare=student.new_empty(loss.spare_matrices(student.device), *student.shape)),
             Tokens(zeros.long(), zeros, opd_weights=ones, reference_weights=zeros, label_weights=zeros),
         )
         values, gradient = _run(steps)
