@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import runs
+from tests.tiny_models import make_model
 
 FIXED_NAMES = {
     *("loss", "loss/opd", "loss/reference_kl", "loss/gold_sft", "grad_norm", "tokens_per_second"),
@@ -48,6 +49,24 @@ def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, d
     prompt = tokenizer("3 + 4 =", return_tensors="pt").input_ids
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
     before, after = load_file(folder / "student" / "model.safetensors"), load_file(folder / "run" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("parallel", [{"ep": 2, "dp": 2}, {"cp": 2}], ids=["ep2", "cp2"])
+def test_run_of_experts_exports_every_tensor(tmp_path: Path, parallel: dict[str, int]) -> None:
+    config = runs.make_inputs(tmp_path)
+    words = [str(number) for number in range(40)] + ["+", "=", "."]
+    make_model(tmp_path / "student", "qwen3_moe", vocab_size=53, vocab_words=words, seed=1)
+    make_model(tmp_path / "teacher", "mixtral", vocab_size=59, vocab_words=words, seed=2)
+    config["run"]["steps"] = 3
+    config["student"]["parallel"] = parallel
+    del config["eval"]
+    result = runs.run(tmp_path, config)
+    assert result.returncode == 0, result.stderr
+    for record in runs.metrics(tmp_path / "run"):
+        assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "run/hf"))
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
 

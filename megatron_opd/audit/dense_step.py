@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_opd.audit import oracle
 from megatron_opd.audit.dense import token_losses
 from megatron_opd.audit.problem import log_ratios
-from megatron_opd.hf_folder import HFFolder
+from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
 from megatron_opd.types import Aggregation, Objective, PackedBatch, Rollout, Source
 
 
@@ -21,7 +21,8 @@ class DenseModel:
     """A model in fp64 on CPU, but for its norms, which transformers computes in fp32."""
 
     def __init__(self, folder: HFFolder) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float64)
+        # The grouped product of experts has no fp64.
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float64, experts_implementation="eager")
 
     def __call__(self, tokens: Tensor) -> oracle.Model:
         """The final hidden states [T, H] of one sequence [T], and the LM head [V, H]."""
@@ -88,7 +89,22 @@ def dense_step(
         terms.loss.backward()
         loss += terms.loss.item()
         scale += token_losses(terms, sequence, objective).abs().sum().item()
-    return DenseStep(loss, scale, {name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
+    return DenseStep(loss, scale, _gradients(policy))
+
+
+@torch.no_grad()
+def _gradients(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """By a checkpoint's names, which are found for the gradients in the parameters' places."""
+    weights = [parameter.clone() for parameter in policy.parameters()]
+    for parameter in policy.parameters():
+        assert parameter.grad is not None
+        parameter.copy_(parameter.grad)
+    named = checkpoint_tensors(policy)
+    tied = {"lm_head.weight"} if policy.config.tie_word_embeddings else set()
+    gradients = {name: tensor.clone() for name, tensor in named.items() if name not in tied}
+    for parameter, weight in zip(policy.parameters(), weights, strict=True):
+        parameter.copy_(weight)
+    return gradients
 
 
 def _token_weight(rollout: Rollout, rollouts: Sequence[Rollout], aggregation: Aggregation) -> float:

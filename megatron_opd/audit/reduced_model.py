@@ -34,6 +34,8 @@ def write_reduced_model(
     dims = model_spec(source, parallel, str(source.path)).dims
     config = {name: value for name, value in config.items() if name not in _NOT_COPIED}
     config |= _sizes(dims, parallel, own_head_dim=bool(config.get("head_dim"))) | {"vocab_size": vocab_size}
+    if dims.experts:
+        config |= _expert_sizes(config, parallel)
     if keep_depth:
         config["num_hidden_layers"] = dims.layers
     if config.get("layer_types"):
@@ -61,13 +63,21 @@ def _sizes(dims: Dimensions, parallel: ParallelConfig, *, own_head_dim: bool) ->
     return sizes | {"head_dim": _OTHER_HEAD_SIZE} if own_head_dim else sizes
 
 
+def _expert_sizes(config: dict[str, Any], parallel: ParallelConfig) -> dict[str, int]:
+    """Two experts a rank, and fewer chosen than there are."""
+    count = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    experts = parallel.ep * _MOST if parallel.ep > 1 else 2 * _MOST
+    sizes = {count: experts, "num_experts_per_tok": min(config["num_experts_per_tok"], experts - 1)}
+    return sizes | ({"moe_intermediate_size": _HEAD_SIZE} if "moe_intermediate_size" in config else {})
+
+
 @torch.no_grad()
 def _randomise(model: torch.nn.Module, seed: int) -> None:
     """Large enough that logits spread over several nats; norms and biases too, so that a wrong or missing tensor shows."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 2:
-            parameter.copy_(2 * noise / parameter.shape[1] ** 0.5)
+        if parameter.dim() >= 2:
+            parameter.copy_(2 * noise / parameter.shape[-1] ** 0.5)
         else:
             parameter.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.2 * noise)

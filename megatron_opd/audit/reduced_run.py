@@ -93,7 +93,7 @@ class GradientTrainer(Trainer):
 
     def replicated_gradients(self) -> Iterator[Tensor]:
         """The last ones, of this stage's parameters that every tensor-parallel rank holds whole."""
-        parameters = named_parameters(self.model)
+        parameters = named_parameters(self.model, first_expert=0)
         for entry in entries(self.spec.architecture, self.spec.dims):
             if type(entry.sharding) is Sharding and entry.megatron in parameters:
                 yield parameters[entry.megatron].main_grad  # type: ignore[attr-defined]  # Megatron's DDP sets it

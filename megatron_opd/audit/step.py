@@ -16,7 +16,7 @@ from megatron_opd.audit.reduced_run import STOP_IDS, ReducedRun, build_reduced_r
 from megatron_opd.audit.report import Check, disagreement, ratio
 from megatron_opd.audit.rollouts import LONGEST_SEQUENCE, fewer_than_ranks, make_rollouts
 from megatron_opd.config import Config
-from megatron_opd.data.packing import pack
+from megatron_opd.data.packing import context_slice, pack
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import Inputs
@@ -57,9 +57,11 @@ class _Step:
             dp_size=layout.dp_size,
             max_tokens=max_tokens,
             aggregation=self.config.loss.aggregation,
+            cp_size=layout.cp_size,
             pad_to_multiple=layout.tp_size if self.config.student.parallel.sequence_parallel else 1,
         )
-        loss, gradients = self.run.gradients(batches[layout.dp_rank])
+        own = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in batches[layout.dp_rank]]
+        loss, gradients = self.run.gradients(own)
         least = _SMALL * _norm(list(truth.gradients.values()))
         errors = [ratio(abs(loss - truth.loss), truth.scale)]
         for name, expected in truth.gradients.items():
@@ -94,7 +96,8 @@ def audit_step(config: Config, inputs: Inputs, platform: Platform, layout: Paral
     if layout.tp_size > 1:
         error = max((disagreement(each, layout.tp) for each in run.trainer.replicated_gradients()), default=0.0)
         checks.append(Check("replicated gradients", "those of the norms on all TP ranks", error, 0.0))
-    few = -(-LONGEST_SEQUENCE // layout.tp_size) * layout.tp_size
+    multiple = layout.tp_size * 2 * layout.cp_size
+    few = -(-LONGEST_SEQUENCE // multiple) * multiple
     shuffled = random.Random(1).sample(rollouts, len(rollouts))
     checks.append(check("micro-batch split", f"micro-batches of {few} tokens", step.error(truth, rollouts, few)))
     checks.append(check("packing order", "other order of the rollouts", step.error(truth, shuffled, few)))
@@ -110,7 +113,8 @@ def _with_smaller_k(config: Config) -> Config:
 
 
 def _axes(layout: ParallelLayout) -> str:
-    sizes = {"TP": layout.tp_size, "PP": layout.pp_size, "DP": layout.dp_size}
+    axes = {"TP": layout.tp, "CP": layout.cp, "PP": layout.pp, "EP": layout.ep, "DP": layout.dp}
+    sizes = {axis: group.size() for axis, group in axes.items()}
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
 
 

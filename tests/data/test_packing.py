@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.data import pack
+from megatron_opd.data import context_slice, pack
 from megatron_opd.types import Aggregation, OpdError, PackedBatch, Prompt, Rollout, Source
 from tests.data.factories import make_prompt, make_rollout, rollout_lists
 
@@ -55,6 +55,37 @@ def test_a_hand_worked_micro_batch() -> None:
     assert batch.max_seqlen == 4
     assert (batch.tokens.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
     assert (batch.old_log_probs.dtype, batch.gold_weights.dtype) == (torch.float32, torch.float32)
+
+
+@given(rollout_lists(), layouts, st.sampled_from([2, 4]))
+def test_context_slices_are_a_partition_of_the_micro_batch(rollouts: list[Rollout], layout: dict[str, Any], cp: int) -> None:
+    layout = {**layout, "max_tokens": 240}
+    single, sliced = pack(rollouts, **layout), pack(rollouts, **layout, cp_size=cp)
+    for source in Source:
+        assert weight_sum(sliced, source) == pytest.approx(weight_sum(single, source), abs=1e-6)
+    for batch in (batch for rank in sliced for batch in rank):
+        lengths = batch.cu_seqlens.diff()
+        assert not (lengths % (2 * cp)).any()
+        parts = [context_slice(batch, rank, cp) for rank in range(cp)]
+        assert {part.num_tokens for part in parts} == {batch.num_tokens // cp}
+        assert batch.num_tokens // cp % layout["pad_to_multiple"] == 0
+        starts = batch.cu_seqlens[:-1].repeat_interleave(lengths)  # [T]
+        joined = torch.cat([part.position_ids + context_slice(replace(batch, labels=starts), rank, cp).labels
+                            for rank, part in enumerate(parts)])  # fmt: skip
+        order = joined.argsort()
+        assert torch.equal(joined[order], torch.arange(batch.num_tokens))
+        for field in ("tokens", "labels", "old_log_probs", "rollout_weights", "teacher_weights", "gold_weights"):
+            assert torch.equal(torch.cat([getattr(part, field) for part in parts])[order], getattr(batch, field))
+        # Causal attention: chunks r and 2 cp - 1 - r attend to as much together on every rank.
+        assert len({int(part.position_ids.sum()) for part in parts}) == 1 or lengths.min() < 2 * cp
+
+
+def test_context_slice_of_a_sequence_of_eight() -> None:
+    [[batch]] = pack(
+        [make_rollout(prompt=Prompt("a", (5, 6, 7, 8), ""), tokens=4)], dp_size=1, max_tokens=40, aggregation="token", cp_size=2
+    )
+    assert context_slice(batch, 0, 2).position_ids.tolist() == [0, 1, 6, 7]
+    assert context_slice(batch, 1, 2).position_ids.tolist() == [2, 3, 4, 5]
 
 
 @given(rollout_lists(), layouts, st.integers(1, 4))
