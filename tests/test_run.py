@@ -53,7 +53,7 @@ def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, d
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("parallel", [{"ep": 2, "dp": 2}, {"cp": 2}], ids=["ep2", "cp2"])
+@pytest.mark.parametrize("parallel", [{"ep": 2, "dp": 2}, pytest.param({"cp": 2}, marks=pytest.mark.slow)], ids=["ep2", "cp2"])
 def test_run_of_experts_exports_every_tensor(tmp_path: Path, parallel: dict[str, int]) -> None:
     config = runs.make_inputs(tmp_path)
     words = [str(number) for number in range(40)] + ["+", "=", "."]

@@ -69,7 +69,7 @@ class Case(NamedTuple):
         padded = torch.nn.functional.pad(logits, (0, _PADDING), value=torch.nan)[..., : self.size]
         return (
             TritonSoftmax(*self.named(padded), block=self.block),
-            TorchSoftmax(*self.named(logits.clone()), spare=torch.empty_like(logits)),
+            TorchSoftmax(*self.named(logits.clone()), spare=torch.empty_like(logits[:1]).repeat(2, 1, 1)),
         )
 
     def named(self, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -50,6 +50,7 @@ EXPERT_LAYOUTS = {
     "ep2 x cp2": ParallelConfig(ep=2, cp=2),
     "ep4": ParallelConfig(ep=4, dp=4),
 }
+SLOW_EXPERT_LAYOUTS = ("tp2 sp x ep4", "tp2 sp x ep2 x dp2", "ep2 x cp2", "ep4")
 OTHER_SPLITS = {
     "tp1, micro-batches of 64 tokens": Case(max_tokens=64),
     "tp1, other packing order": Case(max_tokens=64, shuffle=3),
@@ -183,7 +184,9 @@ def experts_on_one_rank(pool: WorkerPool, expert_models: tuple[str, str]) -> tup
     return pool.run(1, train_steps, *expert_models, Case(), 3)[0]
 
 
-@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_EXPERT_LAYOUTS else []) for name in EXPERT_LAYOUTS]
+)
 def test_steps_of_experts_agree_in_every_layout(
     pool: WorkerPool,
     expert_models: tuple[str, str],
