@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_opd.config import Config
+from megatron_opd.data.packing import token_multiple
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, resolve_model
@@ -157,7 +158,9 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         teachers=tuple(config.all_teachers) or ("",),
     )
     longest = max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts)
-    budget = config.packing.max_tokens_per_microbatch
+    budget, parallel = config.packing.max_tokens_per_microbatch, config.student.parallel
+    multiple = token_multiple(parallel.cp, parallel.tp if parallel.sequence_parallel else 1)
+    longest = -(-longest // multiple) * multiple
     if longest > budget:
         raise OpdError(
             f"packing.max_tokens_per_microbatch: {budget} is below the longest possible sequence, {longest}; raise it, "

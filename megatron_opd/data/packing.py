@@ -64,7 +64,7 @@ def pack(
     Raises OpdError where one sequence alone exceeds ``max_tokens``.
     """
     pad_sequences_to = 1 if cp_size == 1 else 2 * cp_size
-    pad_to_multiple = math.lcm(pad_to_multiple * cp_size, pad_sequences_to)
+    pad_to_multiple = token_multiple(cp_size, pad_to_multiple)
     capacity = max_tokens - max_tokens % pad_to_multiple
     filler_tokens = _round_up(_FILLER_TOKENS, pad_to_multiple)
     if capacity < filler_tokens:
@@ -85,6 +85,11 @@ def pack(
         for rank, groups in enumerate(_split(_spread(own, dp_size, _total_length(own)), capacity)):
             packed[rank] += [_build(group, teacher, pad_to_multiple, filler_tokens) for group in groups]
     return packed
+
+
+def token_multiple(cp_size: int, pad_to_multiple: int) -> int:
+    """T of each micro-batch is a multiple of it; the arguments are :func:`pack`'s."""
+    return math.lcm(pad_to_multiple * cp_size, 1 if cp_size == 1 else 2 * cp_size)
 
 
 def context_slice(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
