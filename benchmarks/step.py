@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -128,13 +129,13 @@ def make_batches(args: argparse.Namespace) -> list[PackedBatch]:
 def our_step(
     folder: str, parallel: ParallelConfig, layout: ParallelLayout, platform: Platform, batches: list[PackedBatch], opd: Any
 ) -> Callable[[], None]:
-    model, source = load_student(folder, parallel, layout, platform)
-    spec = model_spec(source, parallel, "model")
+    chunks, source = load_student(folder, parallel, layout, platform)
+    spec = model_spec(source, parallel, "student")
     objective = Objective(**{**vars(OBJECTIVE), "opd": opd})
     vocab, padded = spec.dims.vocab_size, spec.dims.padded_vocab_size
     optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
     trainer = Trainer(
-        model, spec, layout, objective, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
+        chunks, spec, layout, objective, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
     )
     frozen = [
         MegatronScorer(FrozenModel(source, name, parallel, layout, platform, torch.float32, padded))
@@ -142,7 +143,7 @@ def our_step(
     ]
 
     def step() -> None:
-        teacher, reference = (scorer.score(batches) for scorer in frozen)
+        teacher, reference = (scorer.score([batches]) for scorer in frozen)
         trainer.step(batches, teacher, reference)
 
     return step
@@ -152,27 +153,26 @@ def bare_step(
     folder: str, parallel: ParallelConfig, layout: ParallelLayout, platform: Platform, batches: list[PackedBatch]
 ) -> Callable[[], None]:
     student, source = load_student(folder, parallel, layout, platform)
-    frozen = load_student(folder, parallel, layout, platform)[0].requires_grad_(False)
-    spec = model_spec(source, parallel, "model")
+    frozen = load_student(folder, parallel, layout, platform)[0]
+    frozen[0].requires_grad_(False)
+    spec = model_spec(source, parallel, "student")
     optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
     vocab = spec.dims.vocab_size
     trainer = Trainer(
         student, spec, layout, OBJECTIVE, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
     )
 
-    def frozen_logits(batch: PackedBatch) -> Tensor:
-        return logits(frozen, batch)
-
-    def cross_entropy(batch: PackedBatch) -> Tensor:
-        return student.compute_language_model_loss(batch.labels[None], logits(student, batch))  # [1, T]
+    def cross_entropy(ddp: DistributedDataParallel, batch: PackedBatch) -> Tensor:
+        chunk: HiddenStateModel = ddp.module
+        return chunk.compute_language_model_loss(batch.labels[None], logits(chunk, batch))  # [1, T]
 
     def step() -> None:
         for _ in range(2):
             for batch in batches:
-                forward_only(frozen, frozen_logits, [batch])  # one at a time: the logits of a micro-batch are freed
-        trainer.ddp.zero_grad_buffer()
+                forward_only(frozen, logits, [batch], layout)  # one at a time: the logits of a micro-batch are freed
+        trainer.ddp[0].zero_grad_buffer()
         trainer.optimizer.zero_grad()
-        forward_backward(trainer.ddp, cross_entropy, batches, [weighted_sum(batch) for batch in batches])
+        forward_backward(trainer.ddp, cross_entropy, batches, [weighted_sum(batch) for batch in batches], layout)
         trainer.optimizer.step()
 
     return step
@@ -197,12 +197,12 @@ def weighted_sum(batch: PackedBatch) -> Callable[[Tensor], LossOutput]:
 
 def load_student(
     folder: str, parallel: ParallelConfig, layout: ParallelLayout, platform: Platform
-) -> tuple[HiddenStateModel, HFFolder]:
+) -> tuple[tuple[HiddenStateModel, ...], HFFolder]:
     source = HFFolder(Path(folder))
-    spec = model_spec(source, parallel, "model")
-    model = build_model(spec, transformer_config(spec, parallel, platform, torch.float32, {}), layout, platform)
-    load_pretrained(model, spec, source, layout)
-    return model, source
+    spec = model_spec(source, parallel, "student")
+    chunks = build_model(spec, transformer_config(spec, parallel, platform, torch.float32, {}), layout, platform)
+    load_pretrained(chunks, spec, source, layout)
+    return chunks, source
 
 
 if __name__ == "__main__":

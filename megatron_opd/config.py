@@ -8,6 +8,7 @@ are ours and say so.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -36,11 +37,27 @@ class ParallelConfig(_Section):
     cp: int = Field(default=1, ge=1)
     ep: int = Field(default=1, ge=1)
     dp: int | None = Field(default=None, ge=1)  # null: what the world size leaves
+    vpp: int = Field(default=1, ge=1)  # virtual stages of each pipeline rank: above 1, the interleaved schedule
     sequence_parallel: bool = False
 
     @property
     def model_parallel_size(self) -> int:
         return self.tp * self.pp * self.cp
+
+    @property
+    def sequence_multiple(self) -> int:
+        """The length of each packed sequence is a multiple of it: context parallelism cuts it into 2 cp chunks."""
+        return 1 if self.cp == 1 else 2 * self.cp
+
+    @property
+    def batch_multiple(self) -> int:
+        """The tokens of a micro-batch are a multiple of it; so is :attr:`sequence_multiple` of what they are."""
+        return math.lcm(self.sequence_multiple, self.cp * (self.tp if self.sequence_parallel else 1))
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """The interleaved schedule takes micro-batches in groups of pp."""
+        return self.pp if self.vpp > 1 else 1
 
 
 class StudentConfig(_Section):
@@ -48,6 +65,7 @@ class StudentConfig(_Section):
     init: Literal["pretrained", "random"] = "pretrained"  # random: config.json alone is read (warm start of tiny models)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     parallel: ParallelConfig = ParallelConfig()
+    offload: bool = False  # parameters and optimizer state wait in host memory during rollouts; gradients are freed
     fp8: None = None  # FP8 recipes are not there yet
     megatron: dict[str, Any] = {}  # native TransformerConfig fields, checked against the installed class
 
@@ -55,10 +73,14 @@ class StudentConfig(_Section):
 class TeacherConfig(_Section):
     backend: Literal["megatron", "sglang"] = "megatron"  # megatron: full vocabulary; sglang: scores of given tokens only
     model: str
+    parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
+    offload: bool = False  # the weights wait in host memory while the model does not score
 
 
 class ReferenceConfig(_Section):
     model: str | None = None  # null: the initial student
+    parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
+    offload: bool = False  # the weights wait in host memory while the model does not score
 
 
 class SamplingConfig(_Section):
@@ -119,6 +141,8 @@ class OptimizerConfig(_Section):
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)  # 0 turns clipping off
     distributed: bool = True  # Megatron's distributed optimizer
+    overlap_grad_reduce: bool = False  # gradients are reduced while the backward goes on
+    overlap_param_gather: bool = False  # parameters are gathered while the next forward goes on; needs overlap_grad_reduce
 
 
 class PackingConfig(_Section):
@@ -176,6 +200,16 @@ class Config(_Section):
         return {"": self.teacher} if self.teacher is not None else self.teachers
 
     @property
+    def layouts(self) -> dict[str, ParallelConfig]:
+        """Of the student and the frozen models, by section; theirs are the student's, without virtual stages, unless set."""
+        student = self.student.parallel
+        own = {teacher_key(name): teacher.parallel for name, teacher in self.all_teachers.items()}
+        if self.reference is not None:
+            own["reference"] = self.reference.parallel
+        shared = student.model_copy(update={"vpp": 1})
+        return {"student": student, **{section: parallel or shared for section, parallel in own.items()}}
+
+    @property
     def objective(self) -> Objective:
         """The loss's coefficients; a source without responses has weight 0."""
         mixture, loss = self.mixture, self.loss
@@ -204,6 +238,11 @@ class Config(_Section):
     def sampling(self, stop_ids: tuple[int, ...], vocab_size: int) -> SamplingParams:
         s = self.rollout.sampling
         return SamplingParams(s.temperature, s.top_p, s.max_new_tokens, stop_ids, vocab_size)
+
+
+def teacher_key(name: str) -> str:
+    """The section that a teacher is configured in; a single one has the name ""."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 class _Loader(yaml.SafeLoader):
@@ -331,7 +370,7 @@ def _check_combinations(config: Config) -> None:
     if not config.all_teachers and config.objective.needs_teacher:
         raise OpdError("teacher: not set, but loss.off_policy=divergence needs its scores; set teacher.model")
     for name, teacher in config.all_teachers.items():
-        key = f"teachers.{name}" if name else "teacher"
+        key = teacher_key(name)
         if teacher.backend == "sglang":
             if loss.opd != "sampled":
                 raise OpdError(
@@ -350,8 +389,13 @@ def _check_combinations(config: Config) -> None:
         raise OpdError(f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}; lower it")
     if any(not 0 <= beta < 1 for beta in config.optimizer.betas):
         raise OpdError(f"optimizer.betas: {config.optimizer.betas}, but each must be at least 0 and below 1")
-    if parallel.sequence_parallel and parallel.tp == 1:
-        raise OpdError("student.parallel.sequence_parallel: true needs tp > 1; set tp=2 or more, or sequence_parallel=false")
+    for section, each in config.layouts.items():
+        _check_layout(section, each)
+    if config.optimizer.overlap_param_gather and not (config.optimizer.distributed and config.optimizer.overlap_grad_reduce):
+        raise OpdError(
+            "optimizer.overlap_param_gather: needs the distributed optimizer and overlapped gradients; "
+            "set distributed=true and overlap_grad_reduce=true"
+        )
     if parallel.cp > 1 and loss.position_weight > 0:
         raise OpdError(
             f"loss.position_weight: {loss.position_weight} needs whole responses, but student.parallel.cp={parallel.cp} slices "
@@ -361,6 +405,16 @@ def _check_combinations(config: Config) -> None:
         raise OpdError(
             "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"
         )
+
+
+def _check_layout(section: str, parallel: ParallelConfig) -> None:
+    key = f"{section}.parallel"
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise OpdError(f"{key}.sequence_parallel: true needs tp > 1; set tp=2 or more, or sequence_parallel=false")
+    if parallel.vpp > 1 and section != "student":
+        raise OpdError(f"{key}.vpp: {parallel.vpp}, but a frozen model has no backward to interleave with; set vpp=1")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        raise OpdError(f"{key}.vpp: {parallel.vpp} virtual stages need pp > 1; set pp=2 or more, or vpp=1")
 
 
 def _check_loss(config: Config) -> None:

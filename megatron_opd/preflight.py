@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_opd.config import Config
-from megatron_opd.data.packing import token_multiple
+from megatron_opd.config import Config, ParallelConfig, teacher_key
+from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, resolve_model
@@ -49,19 +49,21 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     """Check the whole run. Raises OpdError."""
     parallel = config.student.parallel
     dp_size = data_parallel_size(parallel, world_size)
+    for section, layout in config.layouts.items():
+        data_parallel_size(layout, world_size, section)
 
     student = HFFolder(resolve_model(config.student.model))
-    student_spec = model_spec(student, parallel, "student.model")
+    student_spec = model_spec(student, parallel, "student")
     student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
     if config.student.init == "pretrained":
         student.check_tensors()
     teachers, reference = _frozen_folders(config, student)
-    frozen = [(folder, f"teachers.{name}.model" if name else "teacher.model") for name, folder in teachers.items()]
+    frozen = [(folder, teacher_key(name)) for name, folder in teachers.items()]
     if reference is not None:
-        frozen.append((reference, "reference.model"))
+        frozen.append((reference, "reference"))
     specs = [student_spec]
-    for folder, key in frozen:
-        specs.append(model_spec(folder, parallel, key))
+    for folder, section in frozen:
+        specs.append(model_spec(folder, config.layouts[section], section))
         folder.check_tensors()
 
     tokenizer = load_tokenizer(student.path)
@@ -103,15 +105,22 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
 def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int) -> str:
     """What ``megatron-opd check`` prints: the resolved run, one fact a line."""
     parallel, mixture, objective = config.student.parallel, config.mixture, config.objective
+
+    def own_layout(section: str) -> str:
+        axes = _axes(config.layouts[section], world_size)
+        return "" if axes == _axes(parallel.model_copy(update={"vpp": 1}), world_size) else f" ({axes})"
+
     facts = {
         "run": f"{config.run.name}: {config.run.steps} steps into {config.run.dir}",
         "platform": f"{platform.device.type}, {platform.backend}, "
         + ("Transformer Engine spec" if platform.transformer_engine else "local layer spec"),
-        "layout": f"tp={parallel.tp} cp={parallel.cp} pp={parallel.pp} ep={parallel.ep} dp={inputs.dp_size}"
-        f" on {world_size} ranks",
+        "layout": f"{_axes(parallel, world_size)} on {world_size} ranks",
         "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
-        "teacher": ", ".join(f"{name} {folder.path}".strip() for name, folder in inputs.teachers.items()) or "none",
-        "reference": str(inputs.reference.path) if inputs.reference else "none",
+        "teacher": ", ".join(
+            f"{name} {folder.path}{own_layout(teacher_key(name))}".strip() for name, folder in inputs.teachers.items()
+        )
+        or "none",
+        "reference": f"{inputs.reference.path}{own_layout('reference')}" if inputs.reference else "none",
         "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
         "end tokens": f"{list(inputs.stop_class)}, "
         + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
@@ -123,6 +132,13 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
     }
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def _axes(parallel: ParallelConfig, world_size: int) -> str:
+    sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "vpp": parallel.vpp, "ep": parallel.ep}
+    sizes["dp"] = world_size // parallel.model_parallel_size
+    shown = " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "vpp" or size > 1)
+    return shown + (" with sequence parallelism" if parallel.sequence_parallel else "")
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -158,8 +174,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         teachers=tuple(config.all_teachers) or ("",),
     )
     longest = max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts)
-    budget, parallel = config.packing.max_tokens_per_microbatch, config.student.parallel
-    multiple = token_multiple(parallel.cp, parallel.tp if parallel.sequence_parallel else 1)
+    budget, multiple = config.packing.max_tokens_per_microbatch, Multiples.of(config.layouts.values()).tokens
     longest = -(-longest // multiple) * multiple
     if longest > budget:
         raise OpdError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, teacher_key
 from megatron_opd.data.mixture import Mixture
 from megatron_opd.data.prompts import PromptDataset
 from megatron_opd.hf_folder import HFFolder
@@ -52,9 +52,7 @@ def build_system(config: Config, inputs: Inputs, platform: Platform, layout: Par
         engine=engine,
         teacher_engine=_build_teacher_engine(config, inputs, platform) if inputs.teachers and teacher_writes else None,
         teacher=_build_teacher(config, inputs, platform, layout) if config.objective.needs_teacher else None,
-        reference=_build_scorer(config, inputs, platform, layout, inputs.reference, "reference.model")
-        if inputs.reference
-        else None,
+        reference=_build_reference(config, inputs, platform, layout),
         trainer=trainer,
         weight_sync=MemorySync(trainer, engine) if engine else None,
         monitors=Monitors(config.monitors, config.rollout.sampling.max_new_tokens),
@@ -62,13 +60,13 @@ def build_system(config: Config, inputs: Inputs, platform: Platform, layout: Par
 
 
 def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Trainer:
-    model = build_model(inputs.student_spec, inputs.student_config, layout, platform)
+    chunks = build_model(inputs.student_spec, inputs.student_config, layout, platform)
     if config.student.init == "random":
-        load_random(model, inputs.student_spec, layout, config.run.seed)
+        load_random(chunks, inputs.student_spec, layout, config.run.seed)
     else:
-        load_pretrained(model, inputs.student_spec, inputs.student, layout)
+        load_pretrained(chunks, inputs.student_spec, inputs.student, layout)
     return Trainer(
-        model,
+        chunks,
         inputs.student_spec,
         layout,
         config.objective,
@@ -82,18 +80,30 @@ def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: P
 
 def _build_teacher(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Scorer:
     scorers = {
-        name: _build_scorer(config, inputs, platform, layout, folder, f"teachers.{name}.model" if name else "teacher.model")
+        name: _build_scorer(config, inputs, platform, layout, folder, teacher_key(name), config.all_teachers[name].offload)
         for name, folder in inputs.teachers.items()
     }
     return scorers[""] if "" in scorers else RoutedScorer(scorers)
 
 
+def _build_reference(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Scorer | None:
+    if config.reference is None or inputs.reference is None:
+        return None
+    return _build_scorer(config, inputs, platform, layout, inputs.reference, "reference", config.reference.offload)
+
+
 def _build_scorer(
-    config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, folder: HFFolder, key: str
+    config: Config,
+    inputs: Inputs,
+    platform: Platform,
+    layout: ParallelLayout,
+    folder: HFFolder,
+    section: str,
+    offload: bool,
 ) -> Scorer:
-    padded = inputs.student_spec.dims.padded_vocab_size
-    parallel, dtype = config.student.parallel, dtype_of(config)
-    return MegatronScorer(FrozenModel(folder, key, parallel, layout, platform, dtype, padded))
+    padded, dtype = inputs.student_spec.dims.padded_vocab_size, dtype_of(config)
+    parallel = config.layouts[section]
+    return MegatronScorer(FrozenModel(folder, section, parallel, layout, platform, dtype, padded, offload=offload))
 
 
 def _build_teacher_engine(config: Config, inputs: Inputs, platform: Platform) -> RoutedEngine:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opd.config import Config
-from megatron_opd.data.packing import context_slice, pack
+from megatron_opd.data.packing import Multiples, context_slice, pack, padding_share
 from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -61,6 +61,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
     if state.step == 0:
         _evaluate_start(config, inputs, system, state, reporter)
     sampling = config.sampling(inputs.stop_ids, inputs.loss_vocab_size)
+    multiples = Multiples.of(config.layouts.values())
     clock = Clock()
 
     while state.step < config.run.steps:
@@ -74,13 +75,12 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
             dp_size=layout.dp_size,
             max_tokens=config.packing.max_tokens_per_microbatch,
             aggregation=config.loss.aggregation,
-            cp_size=layout.cp_size,
-            pad_to_multiple=layout.tp_size if config.student.parallel.sequence_parallel else 1,
+            multiples=multiples,
         )
         batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
         with clock.phase("score"):
-            teacher_scores = _score(system.teacher, batches)
-            reference_scores = _score(system.reference, batches)
+            teacher_scores = _score(system.teacher, shares)
+            reference_scores = _score(system.reference, shares)
         with clock.phase("train"):
             stats = trainer.step(batches, teacher_scores, reference_scores)
         state.step += 1
@@ -90,7 +90,8 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
                 state.policy_version += 1
                 system.weight_sync.push(state.policy_version)
 
-        record = {"rollout/accuracy": accuracy(rollouts), **system.monitors.summary(), **clock.record(stats.tokens)}
+        record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
+        record |= {**system.monitors.summary(), **clock.record(stats.tokens)}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
             record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)
@@ -101,11 +102,11 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
     _finish(config, inputs, system, state, reporter)
 
 
-def _score(scorer: Scorer | None, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
+def _score(scorer: Scorer | None, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
     if scorer is None:
-        return [FrozenScores() for _ in batches]
+        return [FrozenScores() for _ in shares[0]]
     with scorer.on_device():
-        return scorer.score(batches)
+        return scorer.score(shares)
 
 
 def _count_skips(state: TrainState, stats: StepStats) -> None:
@@ -165,7 +166,8 @@ def _finish(config: Config, inputs: Inputs, system: System, state: TrainState, r
     """The HF export, which transformers and SGLang load, and the summary."""
     target = Path(config.run.dir) / "hf"
     trainer = system.trainer
-    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    trainer.complete_parameters()
+    weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
     if dist.get_rank() == 0:
         write_hf_folder(weights, inputs.student.path, target, dtype_of(config))
     else:

@@ -273,14 +273,17 @@ class RolloutEngine(Protocol):
 
 
 class Scorer(Protocol):
-    """A frozen model's opinion of the micro-batches. Both methods are collective over the ranks that share the model."""
+    """A frozen model's opinion of the micro-batches. Both methods are collective over the world."""
 
     def on_device(self) -> AbstractContextManager[None]:
         """Owns the phase in which the weights must be in device memory."""
         ...
 
-    def score(self, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
-        """One for each micro-batch."""
+    def score(self, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
+        """One for each of this rank's micro-batches.
+
+        ``shares``: every data-parallel rank's micro-batches, not yet sliced for context parallelism; equal on all ranks.
+        """
         ...
 
 

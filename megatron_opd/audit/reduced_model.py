@@ -23,6 +23,7 @@ _NOT_COPIED = ("quantization_config", "bos_token_id", "eos_token_id", "pad_token
 def write_reduced_model(
     source: HFFolder,
     folder: Path,
+    section: str,
     parallel: ParallelConfig,
     vocab_size: int,
     seed: int,
@@ -31,7 +32,7 @@ def write_reduced_model(
 ) -> HFFolder:
     """A new folder with ``source``'s architecture that the same layout divides; fp32 weights, the same on every rank."""
     config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    dims = model_spec(source, parallel, str(source.path)).dims
+    dims = model_spec(source, parallel, section).dims
     config = {name: value for name, value in config.items() if name not in _NOT_COPIED}
     config |= _sizes(dims, parallel, own_head_dim=bool(config.get("head_dim"))) | {"vocab_size": vocab_size}
     if dims.experts:

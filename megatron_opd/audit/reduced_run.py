@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_opd.audit.reduced_model import write_reduced_model
-from megatron_opd.config import Config
+from megatron_opd.config import Config, teacher_key
+from megatron_opd.data.packing import context_slice
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.hf_mapping import Sharding, entries, export_weights, named_parameters
 from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
-from megatron_opd.mcore.schedule import forward_backward
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.preflight import Inputs
 from megatron_opd.scoring.megatron import MegatronScorer
@@ -54,15 +54,26 @@ class ReducedModels:
 
 def write_reduced_models(config: Config, inputs: Inputs, folder: Path) -> ReducedModels:
     """Below ``folder``, this rank's own: ranks on other machines may not see its files. All ranks' have the same weights."""
-    parallel = config.student.parallel
+    layouts = config.layouts
     keep_depth = not _OF_DEPTH.isdisjoint(config.student.megatron)
-    student = write_reduced_model(inputs.student, folder / "student", parallel, _STUDENT_VOCAB, seed=1, keep_depth=keep_depth)
+    student = write_reduced_model(
+        inputs.student, folder / "student", "student", layouts["student"], _STUDENT_VOCAB, seed=1, keep_depth=keep_depth
+    )
     reference, teachers = None, {}
     if inputs.reference is not None:
-        reference = write_reduced_model(inputs.reference, folder / "reference", parallel, _STUDENT_VOCAB, seed=2)
+        reference = write_reduced_model(
+            inputs.reference, folder / "reference", "reference", layouts["reference"], _STUDENT_VOCAB, seed=2
+        )
     if config.objective.needs_teacher:
         teachers = {
-            name: write_reduced_model(source, folder / f"teacher-{number}", parallel, _TEACHER_VOCAB, seed=3 + number)
+            name: write_reduced_model(
+                source,
+                folder / f"teacher-{number}",
+                teacher_key(name),
+                layouts[teacher_key(name)],
+                _TEACHER_VOCAB,
+                seed=3 + number,
+            )
             for number, (name, source) in enumerate(inputs.teachers.items())
         }
     return ReducedModels(student, teachers, reference)
@@ -75,17 +86,14 @@ class GradientTrainer(Trainer):
         self, batches: Sequence[PackedBatch], teacher: Sequence[FrozenScores], reference: Sequence[FrozenScores]
     ) -> tuple[float, dict[str, Tensor]]:
         """The global batch's loss, and its gradients by HF name: full, unpadded, on CPU, equal on all ranks."""
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
-        losses = [self._loss(*each) for each in zip(batches, teacher, reference, strict=True)]
-        outputs = forward_backward(self.ddp, self.model.forward_packed, batches, losses)
+        outputs = self.accumulate_gradients(batches, teacher, reference)
         loss = self._reduce(batches, outputs)[0].item()
-        parameters = list(self.model.parameters())
+        parameters = self.parameters()
         weights = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
             for parameter in parameters:
-                parameter.copy_(parameter.main_grad)  # what exports weights brings gradients to HF names as well
-            exported = export_weights(self.model, self.spec.architecture, self.spec.dims, self.layout)
+                parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]  # what exports weights brings gradients to HF names as well
+            exported = export_weights(self.chunks, self.spec.architecture, self.spec.dims, self.layout)
             gradients = {name: gradient.cpu().clone() for name, gradient in exported}
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
@@ -93,7 +101,7 @@ class GradientTrainer(Trainer):
 
     def replicated_gradients(self) -> Iterator[Tensor]:
         """The last ones, of this stage's parameters that every tensor-parallel rank holds whole."""
-        parameters = named_parameters(self.model, first_expert=0)
+        parameters = named_parameters(self.chunks, first_expert=0)
         for entry in entries(self.spec.architecture, self.spec.dims):
             if type(entry.sharding) is Sharding and entry.megatron in parameters:
                 yield parameters[entry.megatron].main_grad  # type: ignore[attr-defined]  # Megatron's DDP sets it
@@ -107,21 +115,23 @@ class ReducedRun:
     teacher: Scorer | None
     reference: Scorer | None
 
-    def gradients(self, batches: Sequence[PackedBatch]) -> tuple[float, dict[str, Tensor]]:
-        """:meth:`GradientTrainer.gradients` of this rank's share of a global batch."""
+    def gradients(self, shares: Sequence[Sequence[PackedBatch]]) -> tuple[float, dict[str, Tensor]]:
+        """:meth:`GradientTrainer.gradients` of a global batch, as it is packed."""
+        layout = self.trainer.layout
+        batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
         nothing = [FrozenScores() for _ in batches]
-        teacher, reference = (each.score(batches) if each else nothing for each in (self.teacher, self.reference))
+        teacher, reference = (each.score(shares) if each else nothing for each in (self.teacher, self.reference))
         return self.trainer.gradients(batches, teacher, reference)
 
 
 def build_reduced_run(config: Config, models: ReducedModels, platform: Platform, layout: ParallelLayout) -> ReducedRun:
     parallel = config.student.parallel
-    spec = model_spec(models.student, parallel, "student.model")
+    spec = model_spec(models.student, parallel, "student")
     native = {**config.student.megatron, "hidden_dropout": 0.0, "attention_dropout": 0.0}  # a dense copy has no such draws
-    model = build_model(spec, transformer_config(spec, parallel, platform, torch.float32, native), layout, platform)
-    load_pretrained(model, spec, models.student, layout)
+    chunks = build_model(spec, transformer_config(spec, parallel, platform, torch.float32, native), layout, platform)
+    load_pretrained(chunks, spec, models.student, layout)
     trainer = GradientTrainer(
-        model,
+        chunks,
         spec,
         layout,
         config.objective,
@@ -133,13 +143,13 @@ def build_reduced_run(config: Config, models: ReducedModels, platform: Platform,
         chunk_tokens=min(config.loss.chunk_tokens or _CHUNK_TOKENS, _CHUNK_TOKENS),
     )
 
-    def scorer(folder: HFFolder, key: str) -> Scorer:
-        padded = spec.dims.padded_vocab_size
-        return MegatronScorer(FrozenModel(folder, key, parallel, layout, platform, torch.float32, padded))
+    def scorer(folder: HFFolder, section: str) -> Scorer:
+        padded, own = spec.dims.padded_vocab_size, config.layouts[section]
+        return MegatronScorer(FrozenModel(folder, section, own, layout, platform, torch.float32, padded))
 
-    teachers = {name: scorer(folder, "teacher.model") for name, folder in models.teachers.items()}
+    teachers = {name: scorer(folder, teacher_key(name)) for name, folder in models.teachers.items()}
     return ReducedRun(
         trainer=trainer,
         teacher=teachers.get("") or (RoutedScorer(teachers) if teachers else None),
-        reference=scorer(models.reference, "reference.model") if models.reference else None,
+        reference=scorer(models.reference, "reference") if models.reference else None,
     )

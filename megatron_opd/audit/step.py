@@ -16,7 +16,7 @@ from megatron_opd.audit.reduced_run import STOP_IDS, ReducedRun, build_reduced_r
 from megatron_opd.audit.report import Check, disagreement, ratio
 from megatron_opd.audit.rollouts import LONGEST_SEQUENCE, fewer_than_ranks, make_rollouts
 from megatron_opd.config import Config
-from megatron_opd.data.packing import context_slice, pack
+from megatron_opd.data.packing import Multiples, pack
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import Inputs
@@ -51,17 +51,14 @@ class _Step:
 
     def error(self, truth: DenseStep, rollouts: Sequence[Rollout], max_tokens: int) -> float:
         """Of the loss and of every parameter's gradient, the largest. Collective over the world."""
-        layout = self.run.trainer.layout
-        batches = self.pack(
+        shares = self.pack(
             rollouts,
-            dp_size=layout.dp_size,
+            dp_size=self.run.trainer.layout.dp_size,
             max_tokens=max_tokens,
             aggregation=self.config.loss.aggregation,
-            cp_size=layout.cp_size,
-            pad_to_multiple=layout.tp_size if self.config.student.parallel.sequence_parallel else 1,
+            multiples=Multiples.of(self.config.layouts.values()),
         )
-        own = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in batches[layout.dp_rank]]
-        loss, gradients = self.run.gradients(own)
+        loss, gradients = self.run.gradients(shares)
         least = _SMALL * _norm(list(truth.gradients.values()))
         errors = [ratio(abs(loss - truth.loss), truth.scale)]
         for name, expected in truth.gradients.items():
@@ -96,7 +93,7 @@ def audit_step(config: Config, inputs: Inputs, platform: Platform, layout: Paral
     if layout.tp_size > 1:
         error = max((disagreement(each, layout.tp) for each in run.trainer.replicated_gradients()), default=0.0)
         checks.append(Check("replicated gradients", "those of the norms on all TP ranks", error, 0.0))
-    multiple = layout.tp_size * 2 * layout.cp_size
+    multiple = Multiples.of(config.layouts.values()).tokens
     few = -(-LONGEST_SEQUENCE // multiple) * multiple
     shuffled = random.Random(1).sample(rollouts, len(rollouts))
     checks.append(check("micro-batch split", f"micro-batches of {few} tokens", step.error(truth, rollouts, few)))

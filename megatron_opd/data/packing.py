@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
+from megatron_opd.config import ParallelConfig
 from megatron_opd.types import Aggregation, OpdError, PackedBatch, Rollout, Source
 
 # A layer costs about 24 H^2 FLOPs a token in its linear maps and 2 H L in causal attention over a sequence of L tokens: the two
@@ -26,12 +28,31 @@ class _Sequence:
 
     @property
     def length(self) -> int:
-        """Input positions with their padding: the last token is only a label."""
-        return _round_up(len(self.rollout.prompt.token_ids) + len(self.rollout.response_ids) - 1, self.multiple)
+        """Input positions with their padding."""
+        return _round_up(_input_length(self.rollout), self.multiple)
 
     @property
     def cost(self) -> int:
         return self.length * (_CROSSOVER_TOKENS + self.length)
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """What layouts ask of micro-batches. The padding of a micro-batch is a last sequence without weight."""
+
+    sequence: int = 1  # tokens of each sequence: 2 cp where context parallelism cuts it
+    tokens: int = 1  # of each micro-batch; a multiple of ``sequence``
+    microbatches: int = 1  # of each rank: pp for the interleaved schedule
+
+    @staticmethod
+    def of(layouts: Iterable[ParallelConfig]) -> Multiples:
+        """Of the layouts of all models that see the same micro-batches."""
+        layouts = list(layouts)
+        return Multiples(
+            sequence=math.lcm(*(layout.sequence_multiple for layout in layouts)),
+            tokens=math.lcm(*(layout.batch_multiple for layout in layouts)),
+            microbatches=math.lcm(*(layout.microbatch_multiple for layout in layouts)),
+        )
 
 
 def pack(
@@ -40,8 +61,7 @@ def pack(
     dp_size: int,
     max_tokens: int,
     aggregation: Aggregation,
-    cp_size: int = 1,
-    pad_to_multiple: int = 1,
+    multiples: Multiples = Multiples(),
 ) -> list[list[PackedBatch]]:
     """The micro-batches of every data-parallel rank, ``[dp rank][micro-batch]``.
 
@@ -57,55 +77,60 @@ def pack(
 
     Args:
         max_tokens: of a micro-batch, before context parallelism slices it.
-        cp_size: context-parallel ranks. Above 1 each sequence is padded to a multiple of 2 cp, see :func:`context_slice`.
-        pad_to_multiple: T/cp of each micro-batch is a multiple of it (sequence parallelism: tp). The padding is a last sequence
-            without weight.
+        multiples: what the layouts of all models that see the micro-batches need.
 
     Raises OpdError where one sequence alone exceeds ``max_tokens``.
     """
-    pad_sequences_to = 1 if cp_size == 1 else 2 * cp_size
-    pad_to_multiple = token_multiple(cp_size, pad_to_multiple)
-    capacity = max_tokens - max_tokens % pad_to_multiple
-    filler_tokens = _round_up(_FILLER_TOKENS, pad_to_multiple)
+    capacity = max_tokens - max_tokens % multiples.tokens
+    filler_tokens = _round_up(_FILLER_TOKENS, multiples.tokens)
     if capacity < filler_tokens:
         raise OpdError(
             f"packing.max_tokens_per_microbatch: {max_tokens}, but each micro-batch needs {filler_tokens} tokens; raise it"
         )
-    sequences = sorted(_weigh(rollouts, aggregation, pad_sequences_to), key=lambda sequence: -sequence.length)
+    sequences = sorted(_weigh(rollouts, aggregation, multiples.sequence), key=lambda sequence: -sequence.length)
     if sequences and sequences[0].length > capacity:
         longest = sequences[0]
         raise OpdError(
             f"packing.max_tokens_per_microbatch: {max_tokens}, but prompt {longest.rollout.prompt.uid!r} with its"
             f" {longest.rollout.source} response has {longest.length} tokens;"
-            f" set it to {_round_up(longest.length, pad_to_multiple)} or more"
+            f" set it to {_round_up(longest.length, multiples.tokens)} or more"
         )
     packed: list[list[PackedBatch]] = [[] for _ in range(dp_size)]
     for teacher in sorted({sequence.rollout.prompt.teacher for sequence in sequences}) or [""]:
         own = [sequence for sequence in sequences if sequence.rollout.prompt.teacher == teacher]
-        for rank, groups in enumerate(_split(_spread(own, dp_size, _total_length(own)), capacity)):
-            packed[rank] += [_build(group, teacher, pad_to_multiple, filler_tokens) for group in groups]
+        for rank, groups in enumerate(_split(_spread(own, dp_size, _total_length(own)), capacity, multiples.microbatches)):
+            packed[rank] += [_build(group, teacher, multiples.tokens, filler_tokens) for group in groups]
     return packed
 
 
-def token_multiple(cp_size: int, pad_to_multiple: int) -> int:
-    """T of each micro-batch is a multiple of it; the arguments are :func:`pack`'s."""
-    return math.lcm(pad_to_multiple * cp_size, 1 if cp_size == 1 else 2 * cp_size)
+def padding_share(shares: Sequence[Sequence[PackedBatch]], rollouts: Sequence[Rollout]) -> float:
+    """Of all positions that the models compute, those that belong to no rollout."""
+    total = sum(batch.num_tokens for share in shares for batch in share)
+    return 1 - sum(_input_length(rollout) for rollout in rollouts if rollout.response_ids) / total
+
+
+def context_positions(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """[T/size] int64, ascending: what context-parallel rank ``rank`` of ``size`` reads, chunks r and 2 size - 1 - r of each
+    sequence. Causal attention then costs all ranks alike."""
+    if size == 1:
+        return torch.arange(int(cu_seqlens[-1]))
+    chosen = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        chunk = (end - start) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            chosen.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(chosen)
 
 
 def context_slice(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """What context-parallel rank ``rank`` of ``size`` reads and predicts: chunks r and 2 size - 1 - r of each sequence.
+    """What context-parallel rank ``rank`` of ``size`` reads and predicts, see :func:`context_positions`.
 
-    Causal attention then costs all ranks alike. Tokens, positions, labels, log-probabilities and weights are [T/size];
+    Tokens, positions, labels, log-probabilities and weights are [T/size];
     ``cu_seqlens`` and ``max_seqlen`` stay those of the whole sequences, which are multiples of 2 size.
     """
     if size == 1:
         return batch
-    chosen = []
-    for start, end in pairwise(batch.cu_seqlens.tolist()):
-        chunk = (end - start) // (2 * size)
-        for number in (rank, 2 * size - 1 - rank):
-            chosen.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
-    index = torch.cat(chosen)  # [T/size]
+    index = context_positions(batch.cu_seqlens, rank, size)  # [T/size]
     return replace(
         batch,
         tokens=batch.tokens[index],
@@ -129,14 +154,14 @@ def _weigh(rollouts: Sequence[Rollout], aggregation: Aggregation, multiple: int)
     return [_Sequence(rollout, 1 / (responses[rollout.source] * len(rollout.response_ids)), multiple) for rollout in written]
 
 
-def _split(ranks: Sequence[Sequence[_Sequence]], capacity: int) -> list[list[list[_Sequence]]]:
-    """Each rank's sequences into micro-batches, on all ranks as many as the rank that needs the most."""
-    count = max(1, *(-(-_total_length(rank) // capacity) for rank in ranks))
+def _split(ranks: Sequence[Sequence[_Sequence]], capacity: int, multiple: int) -> list[list[list[_Sequence]]]:
+    """Each rank's sequences into micro-batches, on all ranks as many as the rank that needs the most, and a multiple."""
+    count = _round_up(max(1, *(-(-_total_length(rank) // capacity) for rank in ranks)), multiple)
     while True:
         split = [_spread(rank, count, capacity) for rank in ranks]
         if all(_total_length(group) <= capacity for rank in split for group in rank):
             return split
-        count += 1
+        count += multiple
 
 
 def _total_length(sequences: Sequence[_Sequence]) -> int:
@@ -192,6 +217,11 @@ def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, f
         gold_weights=weights[Source.GOLD],
         teacher=teacher,
     )
+
+
+def _input_length(rollout: Rollout) -> int:
+    """Positions: the last token is only a label."""
+    return len(rollout.prompt.token_ids) + len(rollout.response_ids) - 1
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,6 +30,8 @@ class PortableCoreAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType,
         attention_type: str = "self",
         softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -37,9 +39,7 @@ class PortableCoreAttention(torch.nn.Module):
             raise ValueError(f"portable attention is causal self-attention, got {attn_mask_type} {attention_type}")
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.dropout = config.attention_dropout
-        self.cp: ProcessGroup | None = None
-        if config.context_parallel_size > 1:
-            self.cp = parallel_state.get_context_parallel_group()
+        self.cp: ProcessGroup | None = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,

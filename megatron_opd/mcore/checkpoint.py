@@ -79,6 +79,7 @@ def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
 
 def save_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int, keep: int) -> Path:
     """Write the state after ``state.step`` steps; keep the newest ``keep`` checkpoints. Collective over all ranks."""
+    trainer.complete_parameters()
     _check_finite(trainer, state.step)
     target = folder / f"step_{state.step:08d}"
     partial = folder / f".{target.name}.partial"
@@ -122,7 +123,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
         raise OpdError(
             f"checkpoint {path}: cannot be loaded ({' '.join(str(error).split())}); delete it to use the one before"
         ) from error
-    trainer.model.load_state_dict(loaded["model"])
+    for chunk, key in zip(trainer.chunks, _model_keys(trainer), strict=True):
+        chunk.load_state_dict(loaded[key])
     if own_groups:
         loaded["optimizer"] = _regroup(loaded["optimizer"], own_groups)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -138,9 +140,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
 
 def _check_finite(trainer: Trainer, step: int) -> None:
     """Weights that are lost must not push good checkpoints out. Raises RunStopped on every rank alike."""
-    device = next(trainer.model.parameters()).device
-    bad = sum(int(not torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
-    total = torch.tensor(bad, device=device)
+    bad = sum(int(not torch.isfinite(parameter).all()) for parameter in trainer.parameters())
+    total = torch.tensor(bad, device=trainer.device)
     dist.all_reduce(total)
     if total:
         raise RunStopped(
@@ -150,10 +151,10 @@ def _check_finite(trainer: Trainer, step: int) -> None:
 
 def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     layout = trainer.layout
-    model = trainer.model.sharded_state_dict()
+    model = {key: chunk.sharded_state_dict() for key, chunk in zip(_model_keys(trainer), trainer.chunks, strict=True)}
     random_states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     return {
-        "model": model,
+        **model,
         "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT),
         "schedule": trainer.schedule.state_dict(),
         "random": ShardedObject(
@@ -163,6 +164,11 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
             (layout.pp_rank, layout.tp_rank, layout.dp_cp.rank()),
         ),
     }
+
+
+def _model_keys(trainer: Trainer) -> list[str]:
+    """As Megatron-LM names the model chunks; the tensors in them are named by global layer number."""
+    return ["model"] if len(trainer.chunks) == 1 else [f"model{number}" for number in range(len(trainer.chunks))]
 
 
 def _has_experts(trainer: Trainer) -> bool:

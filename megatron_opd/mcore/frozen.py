@@ -2,53 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD
-from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, transformer_config
-from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.model import HiddenStateModel, build_model, load_pretrained, model_spec, transformer_config
+from megatron_opd.mcore.parallel import ParallelLayout, frozen_layout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_only
 from megatron_opd.types import PackedBatch
 
 
 class FrozenModel:
-    """Final hidden states of packed micro-batches, and the LM head in the student's row layout.
+    """Final hidden states of packed micro-batches from a layout of its own, and the LM head in the student's row layout.
 
-    ``student_padded_vocab`` is the number of vocabulary rows over all of the student's tensor-parallel ranks: the frozen
-    head is cut at the same rows, whatever padding the model itself came with, so the shards of both models hold the same ids.
+    The head is held where the student's loss is computed, cut at the student's rows, whatever padding the model itself came
+    with: the shards of both models hold the same ids.
     """
 
     def __init__(
         self,
         folder: HFFolder,
-        key: str,
+        section: str,
         parallel: ParallelConfig,
-        layout: ParallelLayout,
+        student: ParallelLayout,
         platform: Platform,
         dtype: torch.dtype,
         student_padded_vocab: int,
+        *,
+        offload: bool = False,
     ) -> None:
-        self.layout = layout
-        self.spec = model_spec(folder, parallel, key)
-        config = transformer_config(self.spec, parallel, platform, dtype, native={})
-        self.model = build_model(self.spec, config, layout, platform, with_head=False)
-        load_pretrained(self.model, self.spec, folder, layout)
-        self.model.eval()
-        self.model.requires_grad_(False)
-        self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], last stage only
-        if layout.is_last_stage:
-            rows = student_padded_vocab // layout.tp_size
-            (name,) = EMBEDDING.hf if self.spec.dims.tied else LM_HEAD.hf
-            head = folder.rows(name, layout.tp_rank * rows, (layout.tp_rank + 1) * rows)
-            self.lm_head = head.to(platform.device, dtype)
+        """Collective over the world.
 
-    def hidden_states(self, batches: Sequence[PackedBatch]) -> list[Tensor] | None:
-        """[T, H] for each micro-batch on the last pipeline stage, None elsewhere."""
-        hidden = forward_only(self.model, self.model.forward_packed, batches)
-        return hidden if self.layout.is_last_stage else None
+        Args:
+            section: of the config, named in errors.
+            parallel: the model's own, on all of the student's ranks.
+            student_padded_vocab: the student's vocabulary rows over all of its tensor-parallel ranks.
+            offload: the weights of the layers wait in host memory outside :meth:`on_device`.
+        """
+        self.student, self.platform, self.dtype = student, platform, dtype
+        self.layout = frozen_layout(parallel, student, section)
+        self.spec = model_spec(folder, parallel, section)
+        config = transformer_config(self.spec, parallel, platform, dtype, native={})
+        self.chunks = build_model(self.spec, config, self.layout, platform, with_head=False)
+        load_pretrained(self.chunks, self.spec, folder, self.layout)
+        for chunk in self.chunks:
+            chunk.eval()
+            chunk.requires_grad_(False)
+        self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], on the student's last stage only
+        if student.is_last_stage:
+            rows = student_padded_vocab // student.tp_size
+            (name,) = EMBEDDING.hf if self.spec.dims.tied else LM_HEAD.hf
+            head = folder.rows(name, student.tp_rank * rows, (student.tp_rank + 1) * rows)
+            self.lm_head = head.to(platform.device, dtype)
+        self._waiting = [platform.to_host(parameter.data) for parameter in self.parameters()] if offload else None
+        self._leave_device()
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.spec.hf.hidden_size)
+
+    def parameters(self) -> list[Parameter]:
+        """Of the layers and the embedding; the LM head is not among them."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The weights are in device memory; offloaded ones leave it at the end, unchanged, so nothing is copied back."""
+        if self._waiting is not None:
+            for parameter, weights in zip(self.parameters(), self._waiting, strict=True):
+                parameter.data = weights.to(self.platform.device, non_blocking=True, copy=True)
+        try:
+            yield
+        finally:
+            self._leave_device()
+
+    def _leave_device(self) -> None:
+        if self._waiting is not None:
+            for parameter, weights in zip(self.parameters(), self._waiting, strict=True):
+                parameter.data = weights
+
+    def hidden_states(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """[T, H] in host memory for each micro-batch, on the last stage of the model's own layout; nothing elsewhere.
+
+        Within :meth:`on_device`. ``batches``: this replica's, sliced for its own context-parallel rank.
+        """
+        return forward_only(self.chunks, HiddenStateModel.forward_packed, batches, self.layout, keep=self.platform.to_host)

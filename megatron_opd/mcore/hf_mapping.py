@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -204,11 +204,18 @@ def entries(architecture: str, dims: Dimensions) -> Iterator[Entry]:
             yield Entry(entry.megatron.format(i=i, e=e), hf, entry.sharding, e)
 
 
-def named_parameters(model: GPTModel, first_expert: int) -> dict[str, Parameter]:
+def named_parameters(chunks: Sequence[GPTModel], first_expert: int) -> dict[str, Parameter]:
     """This rank's parameters by their canonical names: local-spec spelling, global layer and expert numbers."""
-    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    named: dict[str, Parameter] = {}
+    for chunk in chunks:
+        named |= _named_parameters(chunk, first_expert)
+    return named
+
+
+def _named_parameters(chunk: GPTModel, first_expert: int) -> dict[str, Parameter]:
+    first_layer = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     named = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, number, rest = name.split(".", 3)
             rest = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(rest, rest))
@@ -220,10 +227,10 @@ def named_parameters(model: GPTModel, first_expert: int) -> dict[str, Parameter]
 
 @torch.no_grad()
 def load_weights(
-    model: GPTModel, architecture: str, dims: Dimensions, read: Callable[[str], Tensor], layout: ParallelLayout
+    chunks: Sequence[GPTModel], architecture: str, dims: Dimensions, read: Callable[[str], Tensor], layout: ParallelLayout
 ) -> None:
     """Fill this rank's shard; ``read`` gives a full HF tensor by name. Every parameter is filled, or OpdError is raised."""
-    parameters = named_parameters(model, layout.ep_rank * (dims.experts // layout.ep_size))
+    parameters = named_parameters(chunks, layout.ep_rank * (dims.experts // layout.ep_size))
     if dims.tied and LM_HEAD.megatron in parameters:  # the last stage's copy of a tied embedding
         table = [*entries(architecture, dims), Entry(LM_HEAD.megatron, EMBEDDING.hf, EMBEDDING.sharding)]
     else:
@@ -245,7 +252,7 @@ def load_weights(
 
 @torch.no_grad()
 def export_weights(
-    model: GPTModel, architecture: str, dims: Dimensions, layout: ParallelLayout
+    chunks: Sequence[GPTModel], architecture: str, dims: Dimensions, layout: ParallelLayout
 ) -> Iterator[tuple[str, Tensor]]:
     """Every HF tensor, full and unpadded, on every rank of this data-parallel replica, one at a time.
 
@@ -253,10 +260,10 @@ def export_weights(
     and over the pipeline-parallel group (broadcast from the owning stage): all ranks must consume the whole stream.
     """
     experts_here = dims.experts // layout.ep_size
-    parameters = named_parameters(model, layout.ep_rank * experts_here)
+    parameters = named_parameters(chunks, layout.ep_rank * experts_here)
     owned: list[dict[str, torch.Size]] = [{} for _ in range(layout.pp_size)]
     dist.all_gather_object(owned, {name: p.shape for name, p in parameters.items()}, group=layout.pp)
-    dtype, device = next((p.dtype, p.device) for p in model.parameters())
+    dtype, device = next((p.dtype, p.device) for p in parameters.values())
     for entry in entries(architecture, dims):
         local_name, expert_owner = entry.megatron, 0
         if entry.expert is not None:  # every rank of the group has as many, so an own one tells stage and shape

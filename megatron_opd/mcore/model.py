@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,9 @@ class HiddenStateModel(GPTModel):
             return hidden_states
         if self.config.sequence_parallel:
             # The loss returns the complete hidden gradient on every rank, so the backward of this gather is a plain split.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         return hidden_states.squeeze(1)  # [T, 1, H] → [T, H]
 
     def forward_packed(self, batch: PackedBatch) -> Tensor:
@@ -84,8 +87,9 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpec:
-    """Check that the model can be computed exactly, and fits the layout. ``key`` names it in errors, e.g. student.model."""
+def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> ModelSpec:
+    """Check that the model can be computed exactly, and fits the layout. ``section`` of the config is named in errors."""
+    key, axes = f"{section}.model", f"{section}.parallel"
     try:
         table_for(folder.architecture)
     except OpdError as error:
@@ -102,12 +106,12 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpe
         raise OpdError(f"{key}: {folder.path / 'config.json'} mixes dense and expert layers, which is not supported")
     experts = fields.get("num_local_experts") or fields.get("num_experts") or 0
     if experts and parallel.tp > 1 and not parallel.sequence_parallel:
-        raise OpdError(f"{key}: experts with tp={parallel.tp} need student.parallel.sequence_parallel=true; set it")
+        raise OpdError(f"{key}: experts with tp={parallel.tp} need {axes}.sequence_parallel=true; set it")
     if experts and parallel.tp > 1 and parallel.ep == 1:
         # Megatron reduces the gradients of experts over the tensor-parallel ranks, which see other tokens, only for ep > 1.
         raise OpdError(f"{key}: experts with tp={parallel.tp} and ep=1 get wrong gradients in Megatron; set ep={parallel.tp}")
     if not experts and parallel.ep > 1:
-        raise OpdError(f"student.parallel.ep: {parallel.ep}, but {key} has no experts; set ep=1")
+        raise OpdError(f"{axes}.ep: {parallel.ep}, but {key} has no experts; set ep=1")
     if hf.hidden_act != "silu":
         raise OpdError(f"{key}: {folder.path / 'config.json'} sets hidden_act={hf.hidden_act}; only silu is supported")
     rope_type = hf.rope_parameters["rope_type"]
@@ -117,7 +121,7 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, key: str) -> ModelSpe
         ("num_attention_heads", hf.num_attention_heads, "tp", parallel.tp),
         ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
         ("intermediate_size", hf.intermediate_size, "tp", parallel.tp),
-        ("num_hidden_layers", hf.num_hidden_layers, "pp", parallel.pp),
+        ("num_hidden_layers", hf.num_hidden_layers, "pp" if parallel.vpp == 1 else "pp x vpp", parallel.pp * parallel.vpp),
         ("num_experts", experts, "ep", parallel.ep),
     ):
         if value % size:
@@ -160,6 +164,10 @@ def transformer_config(
         "qk_layernorm": spec.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        # With pp=2 the interleaved schedule computes wrong gradients, without a word, unless its sends overlap.
+        "overlap_p2p_comm": parallel.vpp > 1,
+        "batch_p2p_comm": parallel.vpp == 1,
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
         "sequence_parallel": parallel.sequence_parallel,
@@ -206,25 +214,38 @@ def _expert_fields(spec: ModelSpec, platform: Platform) -> dict[str, Any]:
 
 def build_model(
     spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout, platform: Platform, *, with_head: bool = True
+) -> tuple[HiddenStateModel, ...]:
+    """This rank's part of the model, without weights: one chunk, or with virtual pipeline stages one for each.
+
+    ``with_head=False`` leaves the LM head out.
+    """
+    return tuple(_build_chunk(spec, config, layout, platform, number, with_head) for number in range(layout.vpp_size))
+
+
+def _build_chunk(
+    spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout, platform: Platform, number: int, with_head: bool
 ) -> HiddenStateModel:
-    """This rank's part of the model, without weights. ``with_head=False`` leaves an untied LM head out."""
-    model = HiddenStateModel(
+    vp_stage = number if layout.vpp_size > 1 else None
+    is_last = layout.is_last_stage and number == layout.vpp_size - 1
+    chunk = HiddenStateModel(
         config=config,
-        transformer_layer_spec=platform.block_spec(config),
+        transformer_layer_spec=platform.block_spec(config, vp_stage, layout.pp_rank),
         vocab_size=spec.dims.padded_vocab_size,
         max_sequence_length=spec.max_positions,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
-        share_embeddings_and_output_weights=spec.dims.tied,
+        pre_process=layout.is_first_stage and number == 0,
+        post_process=is_last,
+        share_embeddings_and_output_weights=spec.dims.tied and with_head,
         position_embedding_type="rope",
         rotary_base=spec.hf.rope_parameters["rope_theta"],
+        pg_collection=layout.groups,
+        vp_stage=vp_stage,
     )
     inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
     assert attention_factor == 1.0  # holds for every kind in _EXACT_ROPE
-    model.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
-    if not with_head and layout.is_last_stage:
-        model.output_layer = None
-    return model.to(platform.device)
+    chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
+    if not with_head and is_last:
+        chunk.output_layer = None
+    return chunk.to(platform.device)
 
 
 def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
@@ -238,13 +259,13 @@ def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
     return inverse_frequencies, attention_factor
 
 
-def load_pretrained(model: HiddenStateModel, spec: ModelSpec, folder: HFFolder, layout: ParallelLayout) -> None:
-    load_weights(model, spec.architecture, spec.dims, folder.tensor, layout)
+def load_pretrained(chunks: Sequence[HiddenStateModel], spec: ModelSpec, folder: HFFolder, layout: ParallelLayout) -> None:
+    load_weights(chunks, spec.architecture, spec.dims, folder.tensor, layout)
 
 
-def load_random(model: HiddenStateModel, spec: ModelSpec, layout: ParallelLayout, seed: int) -> None:
+def load_random(chunks: Sequence[HiddenStateModel], spec: ModelSpec, layout: ParallelLayout, seed: int) -> None:
     """transformers' own initialisation, seeded: the same weights in every layout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = checkpoint_tensors(AutoModelForCausalLM.from_config(spec.hf, dtype=torch.float32))
-    load_weights(model, spec.architecture, spec.dims, weights.__getitem__, layout)
+    load_weights(chunks, spec.architecture, spec.dims, weights.__getitem__, layout)

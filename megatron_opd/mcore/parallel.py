@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.parallel_state import RankGenerator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError
+
+_ORDER = "tp-cp-ep-dp-pp"  # Megatron's default
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,33 @@ class ParallelLayout:
     Experts are spread over groups of ``ep`` ranks of one pipeline stage, each expert whole (expert tensor parallelism is 1).
     """
 
-    tp: ProcessGroup
-    cp: ProcessGroup
-    pp: ProcessGroup
-    dp: ProcessGroup
-    dp_cp: ProcessGroup  # all ranks that hold different tokens of one global batch, for one shard of the weights
-    ep: ProcessGroup
+    groups: ProcessGroupCollection  # as Megatron's modules and schedules take them
+    vpp_size: int = 1  # model chunks of each pipeline rank
+
+    @property
+    def tp(self) -> ProcessGroup:
+        return self.groups.tp
+
+    @property
+    def cp(self) -> ProcessGroup:
+        return self.groups.cp
+
+    @property
+    def pp(self) -> ProcessGroup:
+        return self.groups.pp
+
+    @property
+    def dp(self) -> ProcessGroup:
+        return self.groups.dp
+
+    @property
+    def dp_cp(self) -> ProcessGroup:
+        """All ranks that hold different tokens of one global batch, for one shard of the weights."""
+        return self.groups.dp_cp
+
+    @property
+    def ep(self) -> ProcessGroup:
+        return self.groups.ep
 
     @property
     def tp_size(self) -> int:
@@ -82,23 +107,28 @@ class ParallelLayout:
         """Global rank of the stage that computes the loss in this rank's pipeline."""
         return dist.get_global_rank(self.pp, self.pp_size - 1)
 
+    def rank_of(self, *, tp: int, cp: int, dp: int, pp: int) -> int:
+        """Global rank of a place in the layout."""
+        return tp + self.tp_size * (cp + self.cp_size * (dp + self.dp_size * pp))
 
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """What the model-parallel axes leave of ``world_size``. Raises OpdError where they do not divide it."""
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int, section: str = "student") -> int:
+    """What the model-parallel axes leave of ``world_size``. Raises OpdError, with ``section`` of the config, where they do not
+    divide it."""
     shards = parallel.model_parallel_size
     remainder = world_size % shards
     if remainder or (parallel.dp is not None and parallel.dp * shards != world_size):
         axes = f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp}"
         asked = "" if parallel.dp is None else f" x dp={parallel.dp}"
         raise OpdError(
-            f"student.parallel: {axes}{asked} does not fit {world_size} ranks; "
+            f"{section}.parallel: {axes}{asked} does not fit {world_size} ranks; "
             f"start a multiple of {shards} ranks{'' if parallel.dp is None else ', or leave dp unset'}"
         )
     dp_size = world_size // shards
     stage = world_size // parallel.pp
     if stage % parallel.ep:
         raise OpdError(
-            f"student.parallel.ep: {parallel.ep} does not divide the {stage} ranks of a pipeline stage; choose one that does"
+            f"{section}.parallel.ep: {parallel.ep} does not divide the {stage} ranks of a pipeline stage; choose one that does"
         )
     return dp_size
 
@@ -114,21 +144,57 @@ def init_process_group(platform: Platform, timeout_s: float = 1800.0) -> None:
 
 
 def init_layout(parallel: ParallelConfig, seed: int) -> ParallelLayout:
-    """Build Megatron's process groups and seed its random states; torch.distributed is initialised."""
+    """The student's: Megatron's own process groups and seeded random states; torch.distributed is initialised."""
     data_parallel_size(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ParallelLayout(ProcessGroupCollection.use_mpu_process_groups(), parallel.vpp)
+
+
+def frozen_layout(parallel: ParallelConfig, student: ParallelLayout, section: str) -> ParallelLayout:
+    """A frozen model's on all of the student's ranks: the student's groups where the axes are the same, else groups of its own.
+
+    Collective over the world. Raises OpdError, with ``section`` of the config, where the layout does not fit the world.
+    """
+    if (parallel.tp, parallel.cp, parallel.pp, parallel.ep) == (
+        student.tp_size,
+        student.cp_size,
+        student.pp_size,
+        student.ep_size,
+    ):
+        return replace(student, vpp_size=1)
+    world_size = dist.get_world_size()
+    dp_size = data_parallel_size(parallel, world_size, section)
+    dense = RankGenerator(tp=parallel.tp, ep=1, dp=dp_size, pp=parallel.pp, cp=parallel.cp, order=_ORDER)
+    expert_dp = world_size // (parallel.ep * parallel.pp)
+    expert = RankGenerator(tp=1, ep=parallel.ep, dp=expert_dp, pp=parallel.pp, cp=1, order=_ORDER)
+
+    def group(generator: RankGenerator, axes: str) -> ProcessGroup:
+        own, _ = dist.new_subgroups_by_enumeration(generator.get_ranks(axes))
+        return own
+
+    experts = group(expert, "ep")
     return ParallelLayout(
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        cp=parallel_state.get_context_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        ep=parallel_state.get_expert_model_parallel_group(),
+        ProcessGroupCollection(
+            tp=group(dense, "tp"),
+            cp=group(dense, "cp"),
+            pp=group(dense, "pp"),
+            dp=group(dense, "dp"),
+            dp_cp=group(dense, "dp-cp"),
+            tp_cp=group(dense, "tp-cp"),
+            tp_dp_cp=group(dense, "tp-dp-cp"),
+            ep=experts,
+            tp_ep=experts,
+            expt_tp=group(expert, "tp"),
+            expt_dp=group(expert, "dp"),
+            embd=None,  # these two are for gradients
+            pos_embd=None,
+        )
     )

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_opd.mcore.attention import PortableCoreAttention, PortableNorm
 
@@ -34,6 +35,12 @@ class Platform:
         """Visible GPUs; None on CPU, where as many ranks run as are asked for."""
         return torch.cuda.device_count() if self.device.type == "cuda" else None
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """In host memory, pinned beside a GPU so that copies overlap; itself on CPU."""
+        if self.device.type == "cpu":
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
     def prepare_process(self) -> None:
         """One thread for each CPU rank (more is slower: ranks already fill the cores); each CUDA rank gets its device."""
         if self.device.type == "cuda":
@@ -54,10 +61,10 @@ class Platform:
             "persist_layer_norm": False,
         }
 
-    def block_spec(self, config: TransformerConfig) -> TransformerBlockSubmodules:
-        """The decoder of this pipeline stage."""
+    def block_spec(self, config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+        """The decoder of a pipeline stage, or of one virtual stage of it."""
         if self.transformer_engine:
-            return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+            return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
         layer = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
@@ -70,4 +77,6 @@ class Platform:
         attention.core_attention = PortableCoreAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = PortableNorm
-        return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=PortableNorm)
+        return TransformerBlockSubmodules(
+            layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank), layer_norm=PortableNorm
+        )

@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.types import LossOutput, PackedBatch
 
 Item = TypeVar("Item")
+Forward = Callable[[Any, PackedBatch], Tensor]  # of a model chunk: final hidden states [T, H], or activations to send on
 LossFunction = Callable[[Tensor], LossOutput]  # final hidden states [T, H] → the micro-batch's sums
 
 
-def forward_only(model: Module, forward: Callable[[PackedBatch], Tensor], batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """Final hidden states, each [T, H], of every micro-batch; an empty list away from the last pipeline stage."""
+def forward_only(
+    chunks: Sequence[Module],
+    forward: Forward,
+    batches: Sequence[PackedBatch],
+    layout: ParallelLayout,
+    keep: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+) -> list[Tensor]:
+    """What ``keep`` makes of the final hidden states [T, H] of every micro-batch; an empty list away from the last stage."""
 
-    def step(microbatches: Iterator[PackedBatch], _model: Module) -> tuple[Tensor, None]:
-        return forward(next(microbatches)), None
+    def step(
+        microbatches: Iterator[PackedBatch], chunk: Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        def collect(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return hidden.new_zeros(()), torch.ones((), dtype=torch.int), keep(hidden)
+
+        return forward(chunk, next(microbatches)), collect
 
     with torch.no_grad():
-        hidden: list[Tensor] = _run(step, model, batches, batches, forward_only=True)
+        hidden: list[Tensor] = _run(step, chunks, batches, batches, layout, forward_only=True)
     return hidden
 
 
 def forward_backward(
-    model: Module,
-    forward: Callable[[PackedBatch], Tensor],
+    chunks: Sequence[Module],
+    forward: Forward,
     batches: Sequence[PackedBatch],
     losses: Sequence[LossFunction],
+    layout: ParallelLayout,
 ) -> list[LossOutput]:
     """One forward and backward of every micro-batch; ``losses[i]`` belongs to ``batches[i]``.
 
@@ -40,7 +56,7 @@ def forward_backward(
     """
 
     def step(
-        microbatches: Iterator[tuple[PackedBatch, LossFunction]], _model: Module
+        microbatches: Iterator[tuple[PackedBatch, LossFunction]], chunk: Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, LossOutput]]]:
         batch, loss_function = next(microbatches)
 
@@ -48,19 +64,35 @@ def forward_backward(
             output = loss_function(hidden)
             return output.loss, torch.ones((), dtype=torch.int), output
 
-        return forward(batch), loss
+        return forward(chunk, batch), loss
 
-    outputs: list[LossOutput] = _run(step, model, batches, list(zip(batches, losses, strict=True)), forward_only=False)
+    items = list(zip(batches, losses, strict=True))
+    outputs: list[LossOutput] = _run(step, chunks, batches, items, layout, forward_only=False)
     return outputs
 
 
-def _run(step: Callable[..., object], model: Module, batches: Sequence[PackedBatch], items: Sequence[Item], forward_only: bool):  # type: ignore[no-untyped-def]
-    return get_forward_backward_func()(
+def _run(  # type: ignore[no-untyped-def]
+    step: Callable[..., object],
+    chunks: Sequence[Module],
+    batches: Sequence[PackedBatch],
+    items: Sequence[Item],
+    layout: ParallelLayout,
+    *,
+    forward_only: bool,
+):
+    interleaved = len(chunks) > 1
+    schedule = get_forward_backward_func(pp_size=layout.pp_size, vp_size=len(chunks) if interleaved else None)
+    pipeline = {}
+    if layout.pp_size > 1:
+        pipeline["p2p_communicator"] = P2PCommunicator(layout.pp, get_model_config(chunks[0]))
+    return schedule(
         forward_step_func=step,
-        data_iterator=iter(items),
-        model=model,
+        data_iterator=[iter(items) for _ in chunks] if interleaved else iter(items),
+        model=list(chunks),
         num_microbatches=len(batches),
         seq_length=max(batch.num_tokens for batch in batches),  # pipeline stages exchange the true lengths themselves
         micro_batch_size=1,
         forward_only=forward_only,
+        pg_collection=layout.groups,
+        **pipeline,
     )

@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_opd.config import OptimizerConfig
 from megatron_opd.losses import distillation_loss
@@ -27,7 +28,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: HiddenStateModel,
+        chunks: Sequence[HiddenStateModel],
         spec: ModelSpec,
         layout: ParallelLayout,
         objective: Objective,
@@ -42,18 +43,42 @@ class Trainer:
 
         ``stop_ids``: the end tokens of student and teacher.
         """
-        self.model, self.spec, self.layout, self.objective = model, spec, layout, objective
+        self.chunks, self.spec, self.layout, self.objective = tuple(chunks), spec, layout, objective
         self.loss_vocab_size, self.stop_ids, self.chunk_tokens = loss_vocab_size, stop_ids, chunk_tokens
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optimizer.distributed),
-            model,
-        )
-        self.ddp.broadcast_params()
-        self.optimizer = build_optimizer(self.ddp, model, optimizer)
+        self.ddp = [
+            DistributedDataParallel(
+                chunk.config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=optimizer.distributed,
+                    overlap_grad_reduce=optimizer.overlap_grad_reduce,
+                    overlap_param_gather=optimizer.overlap_param_gather,
+                ),
+                chunk,
+                disable_bucketing=number > 0,  # as in Megatron-LM: only the first chunk's reduction is on the critical path
+                pg_collection=layout.groups,
+            )
+            for number, chunk in enumerate(self.chunks)
+        ]
+        for ddp in self.ddp:
+            ddp.broadcast_params()
+        self.optimizer = build_optimizer(self.ddp, optimizer)
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
-        model.config.finalize_model_grads_func = _sum_gradients
-        model.config.grad_scale_func = self.optimizer.scale_loss
+        config = self.chunks[0].config  # the chunks share it
+        config.finalize_model_grads_func = _sum_gradients
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.gathers_late = optimizer.overlap_param_gather
+        if optimizer.overlap_grad_reduce:  # only after the last micro-batch
+            no_sync = [ddp.no_sync for ddp in self.ddp]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters()[0].device
+
+    def parameters(self) -> list[Parameter]:
+        """Of this rank's chunks."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def step(
         self, batches: Sequence[PackedBatch], teacher: Sequence[FrozenScores], reference: Sequence[FrozenScores]
@@ -63,11 +88,7 @@ class Trainer:
         A non-finite loss or gradient norm leaves weights, optimizer and learning rate as they were (``skipped``). Raises
         RunStopped, on all ranks, where a frozen model's logits are not finite: no later step could be better.
         """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        losses = [self._loss(*each) for each in zip(batches, teacher, reference, strict=True)]
-        outputs = forward_backward(self.ddp, self.model.forward_packed, batches, losses)
+        outputs = self.accumulate_gradients(batches, teacher, reference)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())  # over the model-parallel groups
         *sums, tokens, engine_gap_max = self._reduce(batches, outputs).tolist()
@@ -87,16 +108,36 @@ class Trainer:
             tokens=round(tokens),
         )
 
+    def accumulate_gradients(
+        self, batches: Sequence[PackedBatch], teacher: Sequence[FrozenScores], reference: Sequence[FrozenScores]
+    ) -> list[LossOutput]:
+        """The global batch's gradients in the DDP buffers, summed over the data-parallel ranks; losses on the last stage."""
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = [self._loss(*each) for each in zip(batches, teacher, reference, strict=True)]
+        return forward_backward(self.ddp, _forward, batches, losses, self.layout)
+
+    def complete_parameters(self) -> None:
+        """Every rank gets what the other data-parallel ranks updated, where that would wait for the next forward.
+
+        Collective over the data-parallel group; before weights are exported or saved.
+        """
+        if self.gathers_late:
+            for ddp in self.ddp:
+                ddp.start_param_sync(force_sync=True)
+
     def _loss(self, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores) -> Callable[[Tensor], LossOutput]:
         def loss(hidden: Tensor) -> LossOutput:
             return distillation_loss(
                 hidden,
-                self.model.lm_head,
+                self.chunks[-1].lm_head,
                 batch,
                 self.objective,
-                teacher_hidden=teacher.hidden,
+                teacher_hidden=_like(teacher.hidden, hidden),
                 teacher_head=teacher.lm_head,
-                reference_hidden=reference.hidden,
+                reference_hidden=_like(reference.hidden, hidden),
                 reference_head=reference.lm_head,
                 vocab_size=self.loss_vocab_size,
                 group=self.layout.tp,
@@ -109,7 +150,7 @@ class Trainer:
     def _reduce(self, batches: Sequence[PackedBatch], outputs: Sequence[LossOutput]) -> Tensor:
         """[terms + 2] fp64 on CPU: sums over the data-parallel group of the terms and of the input tokens, and the largest
         engine gap, made on the last stage, equal on all."""
-        device = next(self.model.parameters()).device
+        device = self.device
         sums = torch.zeros(len(LossTerms._fields) + 1, dtype=torch.float64, device=device)
         largest = torch.zeros(1, dtype=torch.float64, device=device)
         for batch, output in zip(batches, outputs, strict=bool(outputs)):
@@ -122,6 +163,16 @@ class Trainer:
         if self.layout.pp_size > 1:
             dist.broadcast(total, self.layout.last_stage, group=self.layout.pp)
         return total.cpu()
+
+
+def _forward(ddp: DistributedDataParallel, batch: PackedBatch) -> Tensor:
+    chunk: HiddenStateModel = ddp.module
+    return chunk.forward_packed(batch)  # DDP's hooks are on the modules within
+
+
+def _like(waiting: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Hidden states that wait in host memory, on the device; [T, H]."""
+    return None if waiting is None else waiting.to(hidden.device, non_blocking=True)
 
 
 def _check_frozen_models(terms: LossTerms[float]) -> None:
@@ -139,8 +190,9 @@ def _sum_gradients(models: list[Any], num_tokens: Tensor | None, *args: Any, **k
     finalize_model_grads(models, None, *args, **kwargs)
 
 
-def build_optimizer(ddp: DistributedDataParallel, model: HiddenStateModel, config: OptimizerConfig) -> MegatronOptimizer:
+def build_optimizer(ddp: Sequence[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
     """Megatron's AdamW with fp32 master weights where the parameters are bf16."""
+    model = ddp[0].config
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -150,12 +202,13 @@ def build_optimizer(ddp: DistributedDataParallel, model: HiddenStateModel, confi
             adam_beta1=config.betas[0],
             adam_beta2=config.betas[1],
             adam_eps=config.eps,
-            bf16=model.config.bf16,
-            params_dtype=model.config.params_dtype,
+            bf16=model.bf16,
+            params_dtype=model.params_dtype,
             use_distributed_optimizer=config.distributed,
             clip_grad=config.clip_grad,
+            overlap_param_gather=config.overlap_param_gather,
         ),
-        [ddp],
+        list(ddp),
     )
 
 

@@ -1,11 +1,13 @@
-"""Scores from a frozen Megatron model that sits on the student's ranks."""
+"""Scores from a frozen Megatron model that sits on the student's ranks, in a layout of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
+from megatron_opd.data.packing import context_slice
 from megatron_opd.mcore.frozen import FrozenModel
+from megatron_opd.scoring.exchange import Exchange
 from megatron_opd.types import FrozenScores, PackedBatch
 
 
@@ -15,13 +17,13 @@ class MegatronScorer:
     def __init__(self, model: FrozenModel) -> None:
         self.model = model
 
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """The weights stay where they are: one owner for the phase, so that offloading has a place to be."""
-        yield
+    def on_device(self) -> AbstractContextManager[None]:
+        return self.model.on_device()
 
-    def score(self, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
-        hidden = self.model.hidden_states(batches)
-        if hidden is None:
-            return [FrozenScores() for _ in batches]
-        return [FrozenScores(each, self.model.lm_head) for each in hidden]
+    def score(self, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
+        model, layout = self.model, self.model.layout
+        exchange = Exchange(shares, model.student, layout, model.platform)
+        own = [context_slice(exchange.batches[number], layout.cp_rank, layout.cp_size) for number in exchange.scored_here()]
+        hidden = model.hidden_states(own) if own else []
+        received = exchange.run(hidden, model.hidden_size, model.dtype)
+        return [FrozenScores(each, model.lm_head) if each is not None else FrozenScores() for each in received]

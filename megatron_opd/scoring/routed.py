@@ -18,11 +18,12 @@ class RoutedScorer:
     def on_device(self) -> Iterator[None]:
         yield  # each scorer's own phase lies inside `score`
 
-    def score(self, batches: Sequence[PackedBatch]) -> list[FrozenScores]:
+    def score(self, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
         scores: dict[int, FrozenScores] = {}
         for name, scorer in self.scorers.items():
-            places = [place for place, batch in enumerate(batches) if batch.teacher == name]
+            places = [place for place, batch in enumerate(shares[0]) if batch.teacher == name]  # the same in each share
             if places:
+                own = [[share[place] for place in places] for share in shares]
                 with scorer.on_device():
-                    scores.update(zip(places, scorer.score([batches[place] for place in places]), strict=True))
-        return [scores[place] for place in range(len(batches))]
+                    scores.update(zip(places, scorer.score(own), strict=True))
+        return [scores[place] for place in range(len(shares[0]))]

@@ -16,5 +16,6 @@ class MemorySync:
     def push(self, version: int) -> None:
         """The student's current weights become the engine's; its later rollouts carry ``version``. Raises OpdError."""
         trainer = self.trainer
-        weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+        trainer.complete_parameters()
+        weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
         self.engine.load_weights(weights, version)

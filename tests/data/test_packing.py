@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.data import context_slice, pack
+from megatron_opd.config import ParallelConfig
+from megatron_opd.data import Multiples, context_slice, pack, padding_share
 from megatron_opd.types import Aggregation, OpdError, PackedBatch, Prompt, Rollout, Source
 from tests.data.factories import make_prompt, make_rollout, rollout_lists
 
@@ -19,7 +21,7 @@ layouts = st.fixed_dictionaries(
         "dp_size": st.integers(1, 5),
         "max_tokens": st.integers(40, 200),
         "aggregation": st.sampled_from(AGGREGATIONS),
-        "pad_to_multiple": st.sampled_from([1, 2, 4]),
+        "multiples": st.builds(lambda n: Multiples(tokens=n), st.sampled_from([1, 2, 4])),
     }
 )
 
@@ -40,7 +42,7 @@ def test_a_hand_worked_micro_batch() -> None:
     prompt = Prompt("a", (5, 6), "")
     student = Rollout(prompt, Source.STUDENT, (7, 8, 1), (-0.5, -0.25, -2.0), "stop", 3, "")
     gold = Rollout(Prompt("b", (9,), ""), Source.GOLD, (4, 1), (), "stop", 0, "")
-    [[batch]] = pack([gold, student], dp_size=1, max_tokens=8, aggregation="token", pad_to_multiple=4)
+    [[batch]] = pack([gold, student], dp_size=1, max_tokens=8, aggregation="token", multiples=Multiples(tokens=4))
     # fmt: off
     #                                     student        gold   padding
     assert batch.tokens.tolist() ==       [5, 6, 7, 8,   9, 4,  0, 0]
@@ -60,7 +62,9 @@ def test_a_hand_worked_micro_batch() -> None:
 @given(rollout_lists(), layouts, st.sampled_from([2, 4]))
 def test_context_slices_are_a_partition_of_the_micro_batch(rollouts: list[Rollout], layout: dict[str, Any], cp: int) -> None:
     layout = {**layout, "max_tokens": 240}
-    single, sliced = pack(rollouts, **layout), pack(rollouts, **layout, cp_size=cp)
+    tp = layout["multiples"].tokens
+    parallel = ParallelConfig(cp=cp, tp=tp, sequence_parallel=tp > 1)
+    single, sliced = pack(rollouts, **layout), pack(rollouts, **{**layout, "multiples": Multiples.of([parallel])})
     for source in Source:
         assert weight_sum(sliced, source) == pytest.approx(weight_sum(single, source), abs=1e-6)
     for batch in (batch for rank in sliced for batch in rank):
@@ -68,7 +72,7 @@ def test_context_slices_are_a_partition_of_the_micro_batch(rollouts: list[Rollou
         assert not (lengths % (2 * cp)).any()
         parts = [context_slice(batch, rank, cp) for rank in range(cp)]
         assert {part.num_tokens for part in parts} == {batch.num_tokens // cp}
-        assert batch.num_tokens // cp % layout["pad_to_multiple"] == 0
+        assert batch.num_tokens // cp % tp == 0
         starts = batch.cu_seqlens[:-1].repeat_interleave(lengths)  # [T]
         joined = torch.cat([part.position_ids + context_slice(replace(batch, labels=starts), rank, cp).labels
                             for rank, part in enumerate(parts)])  # fmt: skip
@@ -81,9 +85,9 @@ def test_context_slices_are_a_partition_of_the_micro_batch(rollouts: list[Rollou
 
 
 def test_context_slice_of_a_sequence_of_eight() -> None:
-    [[batch]] = pack(
-        [make_rollout(prompt=Prompt("a", (5, 6, 7, 8), ""), tokens=4)], dp_size=1, max_tokens=40, aggregation="token", cp_size=2
-    )
+    rollout = make_rollout(prompt=Prompt("a", (5, 6, 7, 8), ""), tokens=4)
+    multiples = Multiples.of([ParallelConfig(cp=2)])
+    [[batch]] = pack([rollout], dp_size=1, max_tokens=40, aggregation="token", multiples=multiples)
     assert context_slice(batch, 0, 2).position_ids.tolist() == [0, 1, 6, 7]
     assert context_slice(batch, 1, 2).position_ids.tolist() == [2, 3, 4, 5]
 
@@ -133,8 +137,8 @@ def test_micro_batches_are_well_formed_and_hold_every_sequence_once(rollouts: li
     assert len({len(rank) for rank in ranks}) == 1
     seen = []
     for batch in (batch for rank in ranks for batch in rank):
-        assert 2 <= batch.num_tokens <= layout["max_tokens"] or batch.num_tokens == 1 == layout["pad_to_multiple"]
-        assert batch.num_tokens % layout["pad_to_multiple"] == 0
+        assert 2 <= batch.num_tokens <= layout["max_tokens"] or batch.num_tokens == 1 == layout["multiples"].tokens
+        assert batch.num_tokens % layout["multiples"].tokens == 0
         lengths = batch.cu_seqlens.diff().tolist()
         assert batch.cu_seqlens[0] == 0
         assert sum(lengths) == batch.num_tokens
@@ -215,11 +219,11 @@ def test_room_goes_before_balance_so_that_micro_batches_stay_few() -> None:
     assert sorted(batch.num_tokens for batch in batches) == [16_000, 16_000]
 
 
-@pytest.mark.parametrize("pad_to_multiple", [1, 2, 4])
-def test_a_rank_without_sequences_gets_a_filler_without_weight(pad_to_multiple: int) -> None:
-    ranks = pack([make_rollout()], dp_size=3, max_tokens=40, aggregation="token", pad_to_multiple=pad_to_multiple)
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_a_rank_without_sequences_gets_a_filler_without_weight(multiple: int) -> None:
+    ranks = pack([make_rollout()], dp_size=3, max_tokens=40, aggregation="token", multiples=Multiples(tokens=multiple))
     for [filler] in ranks[1:]:
-        assert filler.num_tokens == max(2, pad_to_multiple)
+        assert filler.num_tokens == max(2, multiple)
         assert filler.cu_seqlens.tolist() == [0, filler.num_tokens]
         assert all(not stream.any() for stream in streams(filler).values())
 
@@ -241,11 +245,42 @@ def test_a_sequence_beyond_the_micro_batch_is_refused_padding_included() -> None
     assert pack([rollout], dp_size=1, max_tokens=7, aggregation="token")
     message = r"packing.max_tokens_per_microbatch: 7, but prompt 'long' .* 7 tokens; set it to 8 or more"
     with pytest.raises(OpdError, match=message):
-        pack([rollout], dp_size=1, max_tokens=7, aggregation="token", pad_to_multiple=2)
+        pack([rollout], dp_size=1, max_tokens=7, aggregation="token", multiples=Multiples(tokens=2))
     with pytest.raises(OpdError, match="max_tokens_per_microbatch: 3, but each micro-batch needs 4"):
-        pack([], dp_size=1, max_tokens=3, aggregation="token", pad_to_multiple=4)
+        pack([], dp_size=1, max_tokens=3, aggregation="token", multiples=Multiples(tokens=4))
 
 
 def test_log_probabilities_must_match_the_response() -> None:
     with pytest.raises(ValueError, match="1 log-probabilities for 4"):
         pack([replace(make_rollout(), log_probs=(-1.0,))], dp_size=1, max_tokens=40, aggregation="token")
+
+
+@given(rollouts=rollout_lists(), layout=layouts, groups=st.integers(1, 4))
+def test_the_number_of_micro_batches_is_a_multiple(rollouts: list[Rollout], layout: dict[str, Any], groups: int) -> None:
+    """The interleaved schedule takes them in groups of pp."""
+    multiples = replace(layout["multiples"], microbatches=groups)
+    single, grouped = pack(rollouts, **layout), pack(rollouts, **{**layout, "multiples": multiples})
+    assert all(len(rank) % groups == 0 and len(rank) - len(single[0]) < groups for rank in grouped)
+    for source in Source:
+        assert weight_sum(grouped, source) == pytest.approx(weight_sum(single, source), abs=1e-6)
+
+
+def test_multiples_suit_all_models() -> None:
+    student, teacher = ParallelConfig(cp=2, tp=2, sequence_parallel=True), ParallelConfig(cp=3)
+    assert Multiples.of([student]) == Multiples(sequence=4, tokens=4)
+    assert Multiples.of([student, teacher, ParallelConfig(pp=4, vpp=2)]) == Multiples(sequence=12, tokens=12, microbatches=4)
+    assert Multiples.of([ParallelConfig(tp=8, cp=2, sequence_parallel=True)]) == Multiples(sequence=4, tokens=16)
+
+
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tp=8, sequence_parallel=True), ParallelConfig(cp=4)])
+def test_log_normal_lengths_leave_little_padding(layout: ParallelConfig) -> None:
+    rng = random.Random(0)
+    rollouts = [
+        make_rollout(tokens=min(8192, max(1, round(rng.lognormvariate(6.5, 0.9)))), prompt=make_prompt(str(i), tokens=120))
+        for i in range(256)
+    ]
+    shares = pack(rollouts, dp_size=4, max_tokens=16384, aggregation="token", multiples=Multiples.of([layout]))
+    total = sum(batch.num_tokens for share in shares for batch in share)
+    fed = sum(len(rollout.prompt.token_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
+    assert padding_share(shares, rollouts) == pytest.approx(1 - fed / total)
+    assert padding_share(shares, rollouts) <= 0.03

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder, write_hf_folder
 from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.model import HiddenStateModel
 from megatron_opd.mcore.schedule import forward_only
 from tests.conftest import Table
 from tests.mcore.worlds import build_student, open_layout, packed
@@ -63,11 +64,11 @@ SEQUENCES = [[7, 99, 3, 100, 41, 12, 5, 77, 23, 64, 8, 9], [55, 0, 31], [2, 2, 9
 def megatron_logits(folder: str, parallel: ParallelConfig) -> torch.Tensor | None:
     """[T, V], gathered over TP; None away from the last stage."""
     layout, platform = open_layout(parallel)
-    model, spec = build_student(folder, parallel, layout, platform)
-    hidden = forward_only(model, model.forward_packed, [packed(SEQUENCES)])
+    chunks, spec = build_student(folder, parallel, layout, platform)
+    hidden = forward_only(chunks, HiddenStateModel.forward_packed, [packed(SEQUENCES)], layout)
     if not layout.is_last_stage:
         return None
-    local = (hidden[0] @ model.lm_head.T).detach()  # [T, V/tp]
+    local = (hidden[0] @ chunks[-1].lm_head.T).detach()  # [T, V/tp]
     shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
     dist.all_gather(shards, local, group=layout.tp)
     return torch.cat(shards, dim=1)[:, : spec.dims.vocab_size]
@@ -94,8 +95,8 @@ def test_logits_equal_transformers(pool: WorkerPool, tmp_path: Path, table: Tabl
 
 def exported(folder: str, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
     layout, platform = open_layout(parallel)
-    model, spec = build_student(folder, parallel, layout, platform)
-    return {name: tensor.clone() for name, tensor in export_weights(model, spec.architecture, spec.dims, layout)}
+    chunks, spec = build_student(folder, parallel, layout, platform)
+    return {name: tensor.clone() for name, tensor in export_weights(chunks, spec.architecture, spec.dims, layout)}
 
 
 @pytest.mark.parametrize(("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", *EXPERTS))

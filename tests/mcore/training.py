@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_opd.config import OptimizerConfig, ParallelConfig
-from megatron_opd.data import context_slice, pack
+from megatron_opd.data import Multiples, context_slice, pack
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_opd.mcore.frozen import FrozenModel
@@ -20,7 +20,7 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
-from megatron_opd.types import Aggregation, Objective, Prompt, Rollout, RunStopped, Source, StepStats, TrainState
+from megatron_opd.types import Aggregation, Objective, PackedBatch, Prompt, Rollout, RunStopped, Source, StepStats, TrainState
 from tests.mcore.worlds import build_student, open_layout
 
 STABLE_OPD = Objective(
@@ -46,6 +46,12 @@ class Case:
     aggregation: Aggregation = "token"
     distributed: bool = True
 
+    teacher: ParallelConfig | None = None  # None: the student's
+
+    @property
+    def frozen(self) -> ParallelConfig:
+        return self.teacher or self.parallel.model_copy(update={"vpp": 1})
+
     @property
     def world_size(self) -> int:
         return self.parallel.model_parallel_size * (self.parallel.dp or 1)
@@ -68,22 +74,22 @@ def make_rollouts(seed: int, vocab_size: int) -> list[Rollout]:
 
 
 def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Platform) -> Trainer:
-    model, spec = build_student(student, case.parallel, layout, platform)
+    chunks, spec = build_student(student, case.parallel, layout, platform)
     # Adam starts with the gradient's sign: at eps 1e-8 the rounding noise of a gradient near 0 moves a weight by a whole lr.
     optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, eps=1e-4, distributed=case.distributed)
     vocab = spec.dims.vocab_size
     return Trainer(
-        model, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=7
+        chunks, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=7
     )
 
 
 def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Platform, padded_vocab: int) -> MegatronScorer:
-    frozen = FrozenModel(HFFolder(folder), "teacher.model", case.parallel, layout, platform, torch.float32, padded_vocab)
+    frozen = FrozenModel(HFFolder(folder), "teacher", case.frozen, layout, platform, torch.float32, padded_vocab)
     return MegatronScorer(frozen)
 
 
 def hf_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    weights = export_weights(trainer.model, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
     return {name: tensor.clone() for name, tensor in weights}
 
 
@@ -118,8 +124,8 @@ def _train(
     stats = []
     for step in steps:
         rollouts = make_rollouts(step, trainer.loss_vocab_size)
-        batches = share(rollouts, case, layout)
-        stats.append(trainer.step(batches, teacher_scorer.score(batches), reference_scorer.score(batches)))
+        shares = share(rollouts, case, layout)
+        stats.append(trainer.step(own_part(shares, layout), teacher_scorer.score(shares), reference_scorer.score(shares)))
     return trainer, stats
 
 
@@ -128,30 +134,32 @@ def gradients(student: str, teacher: str, case: Case) -> tuple[StepStats, dict[s
     layout, platform = open_layout(case.parallel)
     trainer = build_trainer(student, replace(case, distributed=False), layout, platform)
     padded = trainer.spec.dims.padded_vocab_size
-    batches = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
-    teacher_scores = build_scorer(teacher, case, layout, platform, padded).score(batches)
-    reference_scores = build_scorer(teacher, case, layout, platform, padded).score(batches)
+    shares = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    teacher_scores = build_scorer(teacher, case, layout, platform, padded).score(shares)
+    reference_scores = build_scorer(teacher, case, layout, platform, padded).score(shares)
     trainer.optimizer.step = lambda: None  # the gradients, not the update
-    stats = trainer.step(batches, teacher_scores, reference_scores)
+    stats = trainer.step(own_part(shares, layout), teacher_scores, reference_scores)
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.copy_(parameter.main_grad)  # the mapping's own inverse brings them to HF names
+        for parameter in trainer.parameters():
+            parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]  # the mapping's own inverse brings them to HF names
     return stats, hf_weights(trainer)
 
 
-def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> list:
+def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> list[list[PackedBatch]]:
+    """Every data-parallel rank's micro-batches."""
     rollouts = list(rollouts)
     if case.shuffle is not None:
         random.Random(case.shuffle).shuffle(rollouts)
-    multiple = case.parallel.tp if case.parallel.sequence_parallel else 1
-    shares = pack(
+    return pack(
         rollouts,
         dp_size=layout.dp_size,
         max_tokens=case.max_tokens,
         aggregation=case.aggregation,
-        cp_size=layout.cp_size,
-        pad_to_multiple=multiple,
+        multiples=Multiples.of([case.parallel, case.frozen]),
     )
+
+
+def own_part(shares: Sequence[Sequence[PackedBatch]], layout: ParallelLayout) -> list[PackedBatch]:
     return [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
 
 
@@ -163,11 +171,12 @@ def weights_after_a_skipped_step(student: str, teacher: str, parallel: ParallelC
     scorer = build_scorer(teacher, case, layout, platform, trainer.spec.dims.padded_vocab_size)
     skipped = []
     for seed, bad in ((0, False), *(((1, True),) if skip else ()), (2, False)):
-        batches = share(make_rollouts(seed, trainer.loss_vocab_size), case, layout)
+        shares = share(make_rollouts(seed, trainer.loss_vocab_size), case, layout)
+        batches, scores = own_part(shares, layout), scorer.score(shares)
         if bad and layout.dp_rank == 0:
             old = batches[0].old_log_probs.where(batches[0].rollout_weights == 0, -torch.inf)
             batches[0] = replace(batches[0], old_log_probs=old)
-        skipped.append(trainer.step(batches, scorer.score(batches), scorer.score(batches)).skipped)
+        skipped.append(trainer.step(batches, scores, scores).skipped)
     return skipped, hf_weights(trainer)
 
 
@@ -176,7 +185,7 @@ def save_lost_weights(student: str, folder: str) -> str:
     trainer, _ = _train(student, student, Case(parallel=ParallelConfig(tp=2)), range(1))
     save_checkpoint(Path(folder), trainer, TrainState(step=1), seed=1, keep=1)
     if trainer.layout.tp_rank == 1:
-        next(trainer.model.parameters()).data[0, 0] = torch.nan
+        trainer.parameters()[0].data[0, 0] = torch.nan
     try:
         save_checkpoint(Path(folder), trainer, TrainState(step=2), seed=1, keep=1)
     except RunStopped as error:
@@ -200,17 +209,17 @@ def memory_of_frozen_models(student: str, teacher: str) -> Memory:
     layout, platform = open_layout(case.parallel)
     trainer = build_trainer(student, case, layout, platform)
     scorer = build_scorer(teacher, case, layout, platform, trainer.spec.dims.padded_vocab_size)
-    batches = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
-    scores = scorer.score(batches)
-    trainer.step(batches, scores, scores)
-    frozen = list(scorer.model.model.parameters())
+    shares = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    scores = scorer.score(shares)
+    trainer.step(own_part(shares, layout), scores, scores)
+    frozen = scorer.model.parameters()
     adam = trainer.optimizer.chained_optimizers[0].optimizer
     states = [state for per_parameter in adam.state.values() for state in per_parameter.values() if torch.is_tensor(state)]
     return Memory(
         frozen_with_gradient=sum(p.numel() for p in frozen if p.requires_grad or p.grad is not None),
         frozen_gradient_buffers=sum(p.numel() for p in frozen if hasattr(p, "main_grad")),
         hidden_requires_grad=any(score.hidden is None or score.hidden.requires_grad for score in scores),
-        student_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        student_parameters=sum(p.numel() for p in trainer.parameters()),
         optimizer_states=sum(state.numel() for state in states),
     )
 
@@ -227,13 +236,14 @@ def opd_of_routed_teachers(student: str, teachers: dict[str, str], case: Case) -
         replace(rollout, prompt=replace(rollout.prompt, teacher=names[i % len(names)]))
         for i, rollout in enumerate(make_rollouts(0, trainer.loss_vocab_size))
     ]
-    batches = share(rollouts, case, layout)
-    reference = build_scorer(student, case, layout, platform, padded).score(batches)
-    routed = trainer.step(batches, RoutedScorer(scorers).score(batches), reference).terms.opd
+    shares = share(rollouts, case, layout)
+    batches = own_part(shares, layout)
+    reference = build_scorer(student, case, layout, platform, padded).score(shares)
+    routed = trainer.step(batches, RoutedScorer(scorers).score(shares), reference).terms.opd
     parts = []
     for name in names:
         own = [replace(batch, rollout_weights=batch.rollout_weights * (batch.teacher == name)) for batch in batches]
-        parts.append(trainer.step(own, scorers[name].score(own), reference).terms.opd)
+        parts.append(trainer.step(own, scorers[name].score(shares), reference).terms.opd)
     return routed, parts
 
 
@@ -247,9 +257,9 @@ def step_with_a_lost_frozen_model(student: str, teacher: str, model: str) -> str
     head = scorers[model].model.lm_head
     if layout.dp_rank == 1 and head is not None:
         head[5] = torch.nan
-    batches = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    shares = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
     try:
-        trainer.step(batches, scorers["teacher"].score(batches), scorers["reference"].score(batches))
+        trainer.step(own_part(shares, layout), scorers["teacher"].score(shares), scorers["reference"].score(shares))
     except RunStopped as error:
         return str(error)
     return "no error"

@@ -28,13 +28,13 @@ def build_student(
     platform: Platform,
     dtype: torch.dtype = torch.float32,
     native: dict[str, Any] | None = None,
-) -> tuple[HiddenStateModel, ModelSpec]:
+) -> tuple[tuple[HiddenStateModel, ...], ModelSpec]:
     source = HFFolder(folder)
-    spec = model_spec(source, parallel, "student.model")
+    spec = model_spec(source, parallel, "student")
     config = transformer_config(spec, parallel, platform, dtype, native or {})
-    model = build_model(spec, config, layout, platform)
-    load_pretrained(model, spec, source, layout)
-    return model, spec
+    chunks = build_model(spec, config, layout, platform)
+    load_pretrained(chunks, spec, source, layout)
+    return chunks, spec
 
 
 def packed(sequences: list[list[int]]) -> PackedBatch:
