@@ -135,7 +135,16 @@ def our_step(
     vocab, padded = spec.dims.vocab_size, spec.dims.padded_vocab_size
     optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
     trainer = Trainer(
-        chunks, spec, layout, objective, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
+        chunks,
+        spec,
+        layout,
+        platform,
+        objective,
+        optimizer,
+        total_steps=10**6,
+        loss_vocab_size=vocab,
+        stop_ids=(2,),
+        chunk_tokens=None,
     )
     frozen = [
         MegatronScorer(FrozenModel(source, name, parallel, layout, platform, torch.float32, padded))
@@ -159,7 +168,16 @@ def bare_step(
     optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
     vocab = spec.dims.vocab_size
     trainer = Trainer(
-        student, spec, layout, OBJECTIVE, optimizer, total_steps=10**6, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=None
+        student,
+        spec,
+        layout,
+        platform,
+        OBJECTIVE,
+        optimizer,
+        total_steps=10**6,
+        loss_vocab_size=vocab,
+        stop_ids=(2,),
+        chunk_tokens=None,
     )
 
     def cross_entropy(ddp: DistributedDataParallel, batch: PackedBatch) -> Tensor:

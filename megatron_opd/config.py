@@ -142,6 +142,7 @@ class OptimizerConfig(_Section):
     clip_grad: float = Field(default=1.0, ge=0)  # 0 turns clipping off
     distributed: bool = True  # Megatron's distributed optimizer
     overlap_grad_reduce: bool = False  # gradients are reduced while the backward goes on
+    bucket_size: int | None = Field(default=None, ge=1)  # parameters that are reduced together; null: Megatron's choice
     overlap_param_gather: bool = False  # parameters are gathered while the next forward goes on; needs overlap_grad_reduce
 
 

@@ -69,12 +69,14 @@ def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: P
         chunks,
         inputs.student_spec,
         layout,
+        platform,
         config.objective,
         config.optimizer,
         total_steps=config.run.steps,
         loss_vocab_size=inputs.loss_vocab_size,
         stop_ids=inputs.stop_class,
         chunk_tokens=config.loss.chunk_tokens,
+        offload=config.student.offload,
     )
 
 

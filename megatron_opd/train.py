@@ -67,20 +67,21 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
     while state.step < config.run.steps:
         prompts = system.dataset.next(state.cursor, config.data.prompts_per_step)
         plan = system.mixture.assign(prompts, state.step)  # prompt → who writes its responses
-        with clock.phase("rollout"):
-            rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
-        alarms = system.monitors.observe(state.step + 1, rollouts)
-        shares = pack(
-            rollouts,
-            dp_size=layout.dp_size,
-            max_tokens=config.packing.max_tokens_per_microbatch,
-            aggregation=config.loss.aggregation,
-            multiples=multiples,
-        )
-        batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
-        with clock.phase("score"):
-            teacher_scores = _score(system.teacher, shares)
-            reference_scores = _score(system.reference, shares)
+        with trainer.off_device():  # engines and frozen models have the memory
+            with clock.phase("rollout"):
+                rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
+            alarms = system.monitors.observe(state.step + 1, rollouts)
+            shares = pack(
+                rollouts,
+                dp_size=layout.dp_size,
+                max_tokens=config.packing.max_tokens_per_microbatch,
+                aggregation=config.loss.aggregation,
+                multiples=multiples,
+            )
+            batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
+            with clock.phase("score"):
+                teacher_scores = _score(system.teacher, shares)
+                reference_scores = _score(system.reference, shares)
         with clock.phase("train"):
             stats = trainer.step(batches, teacher_scores, reference_scores)
         state.step += 1

@@ -134,6 +134,7 @@ def build_reduced_run(config: Config, models: ReducedModels, platform: Platform,
         chunks,
         spec,
         layout,
+        platform,
         config.objective,
         # Distributed, each rank would hold the sum over ranks of its own part of the gradients alone.
         config.optimizer.model_copy(update={"distributed": False}),

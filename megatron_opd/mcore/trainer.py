@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn import Parameter
 from megatron_opd.config import OptimizerConfig
 from megatron_opd.losses import distillation_loss
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
+from megatron_opd.mcore.offload import offloaded
 from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_backward
 from megatron_opd.types import FrozenScores, LossOutput, LossTerms, Objective, PackedBatch, RunStopped, StepStats
 
@@ -31,6 +34,7 @@ class Trainer:
         chunks: Sequence[HiddenStateModel],
         spec: ModelSpec,
         layout: ParallelLayout,
+        platform: Platform,
         objective: Objective,
         optimizer: OptimizerConfig,
         *,
@@ -38,12 +42,16 @@ class Trainer:
         loss_vocab_size: int,
         stop_ids: tuple[int, ...],
         chunk_tokens: int | None,
+        offload: bool = False,
     ) -> None:
         """``loss_vocab_size``: ids that student, teacher and reference share; rows beyond it take no part in the loss.
 
-        ``stop_ids``: the end tokens of student and teacher.
+        Args:
+            stop_ids: the end tokens of student and teacher.
+            offload: :meth:`off_device` does what it says.
         """
         self.chunks, self.spec, self.layout, self.objective = tuple(chunks), spec, layout, objective
+        self.platform, self.offload = platform, offload
         self.loss_vocab_size, self.stop_ids, self.chunk_tokens = loss_vocab_size, stop_ids, chunk_tokens
         self.ddp = [
             DistributedDataParallel(
@@ -53,6 +61,7 @@ class Trainer:
                     use_distributed_optimizer=optimizer.distributed,
                     overlap_grad_reduce=optimizer.overlap_grad_reduce,
                     overlap_param_gather=optimizer.overlap_param_gather,
+                    bucket_size=optimizer.bucket_size,
                 ),
                 chunk,
                 disable_bucketing=number > 0,  # as in Megatron-LM: only the first chunk's reduction is on the critical path
@@ -74,7 +83,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.parameters()[0].device
+        return self.platform.device
 
     def parameters(self) -> list[Parameter]:
         """Of this rank's chunks."""
@@ -128,11 +137,35 @@ class Trainer:
             for ddp in self.ddp:
                 ddp.start_param_sync(force_sync=True)
 
+    @contextmanager
+    def off_device(self) -> Iterator[None]:
+        """Between two steps: weights, master weights and moments wait in host memory, the gradient buffers are given up.
+
+        Engines and frozen models have the device memory to themselves. Does nothing unless made with ``offload``.
+        """
+        if not self.offload:
+            yield
+            return
+        self.complete_parameters()
+        with offloaded([*self.parameters(), *self.optimizer_tensors()], self.gradient_buffers(), self.platform):
+            yield
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """[elements, padded] of each of Megatron's buffers; ``main_grad`` of every parameter is a view of one."""
+        return [buffer.grad_data for ddp in self.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Adam's moments and the master weights; with the distributed optimizer this rank's shards."""
+        inner = [each.optimizer for each in self.optimizer.chained_optimizers]
+        masters = [parameter for each in inner for group in each.param_groups for parameter in group["params"]]
+        states = [value for each in inner for state in each.state.values() for value in state.values()]
+        return [*masters, *(state for state in states if torch.is_tensor(state))]
+
     def _loss(self, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores) -> Callable[[Tensor], LossOutput]:
         def loss(hidden: Tensor) -> LossOutput:
             return distillation_loss(
                 hidden,
-                self.chunks[-1].lm_head,
+                self._lm_head(),
                 batch,
                 self.objective,
                 teacher_hidden=_like(teacher.hidden, hidden),
@@ -146,6 +179,13 @@ class Trainer:
             )
 
         return loss
+
+    def _lm_head(self) -> Parameter:
+        """[V/tp, H]. Last stage only."""
+        head = self.chunks[-1].lm_head
+        if self.gathers_late:  # DDP waits for a parameter before its module's forward, which here is the loss
+            self.ddp[-1].param_to_bucket_group[head].finish_param_sync()
+        return head
 
     def _reduce(self, batches: Sequence[PackedBatch], outputs: Sequence[LossOutput]) -> Tensor:
         """[terms + 2] fp64 on CPU: sums over the data-parallel group of the terms and of the input tokens, and the largest

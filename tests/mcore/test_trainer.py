@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
+from megatron_opd.hf_folder import HFFolder
 from megatron_opd.types import Source
 from tests.conftest import Table
 from tests.mcore.training import (
@@ -28,29 +31,68 @@ from tests.mcore.training import (
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
+P, SP = ParallelConfig, {"sequence_parallel": True}
+RECOMPUTE_ALL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
+RECOMPUTE_CORE = (("recompute_granularity", "selective"), ("recompute_modules", ["core_attn"]))
+RECOMPUTE_MOE = (("recompute_granularity", "selective"), ("recompute_modules", ["moe"]))
+# Name: the student's layout; the frozen models have another.
 LAYOUTS = {
-    "tp2": ParallelConfig(tp=2),
-    "tp2 sp": ParallelConfig(tp=2, sequence_parallel=True),
-    "pp2": ParallelConfig(pp=2),
-    "dp2": ParallelConfig(dp=2),
-    "cp2": ParallelConfig(cp=2),
-    "tp2 sp x cp2": ParallelConfig(tp=2, cp=2, sequence_parallel=True),
-    "cp2 x pp2": ParallelConfig(cp=2, pp=2),
-    "cp2 x dp2": ParallelConfig(cp=2, dp=2),
-    "tp2 x pp2": ParallelConfig(tp=2, pp=2),
-    "tp2 x dp2": ParallelConfig(tp=2, dp=2),
-    "pp2 x dp2": ParallelConfig(pp=2, dp=2),
+    "tp2": Case(P(tp=2), P(pp=2)),
+    "tp2 sp": Case(P(tp=2, **SP), P(dp=2)),
+    "pp2": Case(P(pp=2), P(tp=2, **SP)),
+    "dp2": Case(P(dp=2), P(cp=2)),
+    "cp2": Case(P(cp=2), P(dp=2)),
+    "tp2 sp x cp2": Case(P(tp=2, cp=2, **SP), P(pp=2, dp=2)),
+    "cp2 x pp2": Case(P(cp=2, pp=2), P(tp=2, dp=2)),
+    "cp2 x dp2": Case(P(cp=2, dp=2), P(tp=2, pp=2)),
+    "cp4": Case(P(cp=4), P(pp=4)),
+    "pp4": Case(P(pp=4), P(tp=2, cp=2, **SP)),
+    "tp2 x pp2": Case(P(tp=2, pp=2), P(dp=4)),
+    "tp2 x dp2": Case(P(tp=2, dp=2), P(cp=2, pp=2)),
+    "pp2 x dp2": Case(P(pp=2, dp=2), P(cp=4)),
+    "pp2 vpp2": Case(P(pp=2, vpp=2), P(tp=2)),
+    "pp2 vpp2 x dp2": Case(P(pp=2, vpp=2, dp=2), P(tp=2, cp=2, **SP)),
+    "pp2 vpp2 x tp2 sp": Case(P(pp=2, vpp=2, tp=2, **SP), P(dp=4)),
+    "pp2 vpp2 x cp2": Case(P(pp=2, vpp=2, cp=2), P(pp=4)),
+    "dp2, overlapped": Case(P(dp=2), overlap=True),
+    "pp2 x dp2, overlapped": Case(P(pp=2, dp=2), overlap=True),
+    "pp2 vpp2 x dp2, overlapped": Case(P(pp=2, vpp=2, dp=2), overlap=True),
+    "cp2 x dp2, overlapped": Case(P(cp=2, dp=2), overlap=True),
+    "tp2, full recompute": Case(P(tp=2), native=RECOMPUTE_ALL),
+    "pp2 vpp2, full recompute": Case(P(pp=2, vpp=2), native=RECOMPUTE_ALL),
+    "tp2 sp, selective recompute": Case(P(tp=2, **SP), native=RECOMPUTE_CORE),
 }
 EXPERT_LAYOUTS = {
-    "ep2": ParallelConfig(ep=2, dp=2),
-    "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
-    "tp2 sp x ep4": ParallelConfig(tp=2, ep=4, dp=2, sequence_parallel=True),
-    "tp2 sp x ep2 x dp2": ParallelConfig(tp=2, ep=2, dp=2, sequence_parallel=True),
-    "ep2 x pp2": ParallelConfig(ep=2, pp=2, dp=2),
-    "ep2 x cp2": ParallelConfig(ep=2, cp=2),
-    "ep4": ParallelConfig(ep=4, dp=4),
+    "dp2": Case(P(dp=2), P(ep=2)),
+    "pp2": Case(P(pp=2), P(ep=2)),
+    "cp2": Case(P(cp=2), P(ep=2)),
+    "ep2": Case(P(ep=2, dp=2), P(pp=2)),
+    "ep2 x dp2": Case(P(ep=2, dp=4), P(ep=4)),
+    "ep4": Case(P(ep=4, dp=4), P(pp=2)),
+    "ep2 x pp2": Case(P(ep=2, pp=2, dp=2), P(ep=4)),
+    "ep2 x cp2": Case(P(ep=2, cp=2), P(pp=2)),
+    "ep2 x cp2 x dp2": Case(P(ep=2, cp=2, dp=2), P(ep=2, pp=2)),
+    "ep4 x cp2 x dp2": Case(P(ep=4, cp=2, dp=2), P(ep=2, cp=4)),
+    "cp2 x pp2": Case(P(cp=2, pp=2), P(tp=2, ep=2, **SP)),
+    "ep2 x cp2 x pp2": Case(P(ep=2, cp=2, pp=2), P()),
+    "tp2 sp x ep2": Case(P(tp=2, ep=2, **SP), P()),
+    "tp2 sp x ep4": Case(P(tp=2, ep=4, **SP, dp=2), P(ep=2, pp=2)),
+    "tp2 sp x ep2 x dp2": Case(P(tp=2, ep=2, **SP, dp=2), P(cp=2, ep=4)),
+    "tp2 sp x ep2 x pp2": Case(P(tp=2, ep=2, pp=2, **SP), P(ep=4)),
+    "ep2, overlapped": Case(P(ep=2, dp=4), overlap=True),
+    "ep2, selective recompute": Case(P(ep=2, dp=2), native=RECOMPUTE_MOE),
 }
-SLOW_EXPERT_LAYOUTS = ("tp2 sp x ep4", "tp2 sp x ep2 x dp2", "ep2 x cp2", "ep4")
+FAST = (
+    *("tp2 sp", "pp2", "dp2", "cp2", "tp2 sp x cp2", "cp2 x pp2", "tp2 x dp2", "pp2 vpp2", "pp2 vpp2 x dp2"),
+    *("pp2 x dp2, overlapped", "tp2, full recompute", "tp2 sp, selective recompute"),
+)
+FAST_EXPERTS = ("dp2", "ep2", "ep2 x pp2", "tp2 sp x ep2")
+
+
+def slow_unless(fast: Sequence[str], names: Iterable[str]) -> list[ParameterSet]:
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
+
+
 OTHER_SPLITS = {
     "tp1, micro-batches of 64 tokens": Case(max_tokens=64),
     "tp1, other packing order": Case(max_tokens=64, shuffle=3),
@@ -62,7 +104,7 @@ OTHER_SPLITS = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A student and a teacher of another width and depth; 101 ids, padded to 128."""
     folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "student", "qwen3", tied=True, layers=2, seed=1)
+    make_model(folder / "student", "qwen3", tied=True, layers=4, seed=1)
     make_model(folder / "teacher", "llama", layers=4, hidden=64, seed=2)
     return str(folder / "student"), str(folder / "teacher")
 
@@ -137,7 +179,7 @@ def one_rank(pool: WorkerPool, models: tuple[str, str]) -> tuple[list, dict[str,
     return pool.run(1, train_steps, *models, Case(), 3)[0]
 
 
-@pytest.mark.parametrize("name", [*OTHER_SPLITS, *LAYOUTS])
+@pytest.mark.parametrize("name", [*OTHER_SPLITS, *slow_unless(FAST, LAYOUTS)])
 def test_steps_agree_in_every_layout(
     pool: WorkerPool,
     models: tuple[str, str],
@@ -145,7 +187,7 @@ def test_steps_agree_in_every_layout(
     table: Table,
     name: str,
 ) -> None:
-    case = OTHER_SPLITS[name] if name in OTHER_SPLITS else Case(parallel=LAYOUTS[name], max_tokens=64)
+    case = OTHER_SPLITS[name] if name in OTHER_SPLITS else replace(LAYOUTS[name], max_tokens=64)
     _assert_steps_agree(pool, models, case, one_rank, table, name)
 
 
@@ -184,9 +226,7 @@ def experts_on_one_rank(pool: WorkerPool, expert_models: tuple[str, str]) -> tup
     return pool.run(1, train_steps, *expert_models, Case(), 3)[0]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_EXPERT_LAYOUTS else []) for name in EXPERT_LAYOUTS]
-)
+@pytest.mark.parametrize("name", slow_unless(FAST_EXPERTS, EXPERT_LAYOUTS))
 def test_steps_of_experts_agree_in_every_layout(
     pool: WorkerPool,
     expert_models: tuple[str, str],
@@ -194,8 +234,40 @@ def test_steps_of_experts_agree_in_every_layout(
     table: Table,
     name: str,
 ) -> None:
-    case = Case(parallel=EXPERT_LAYOUTS[name], max_tokens=64)
+    case = replace(EXPERT_LAYOUTS[name], max_tokens=64)
     _assert_steps_agree(pool, expert_models, case, experts_on_one_rank, table, f"experts, {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("dense", name) for name in LAYOUTS), *(("experts", name) for name in EXPERT_LAYOUTS)]
+)
+def test_every_gradient_and_the_update_agree_in_every_layout(
+    pool: WorkerPool, models: tuple[str, str], expert_models: tuple[str, str], table: Table, kind: str, name: str
+) -> None:
+    folders, layouts = (models, LAYOUTS) if kind == "dense" else (expert_models, EXPERT_LAYOUTS)
+    case = replace(layouts[name], max_tokens=64)
+    [(expected, expected_gradients)] = pool.run(1, gradients, *folders, Case())
+    [(_, expected_weights)] = pool.run(1, train_steps, *folders, Case(), 1)
+    start = {key: HFFolder(folders[0]).tensor(key) for key in expected_weights}
+    move = _norm({key: expected_weights[key] - start[key] for key in start})
+    for stats, actual in pool.run(case.world_size, gradients, *folders, case):
+        assert math.isclose(stats.terms.loss, expected.terms.loss, rel_tol=1e-5)
+        assert math.isclose(stats.grad_norm, expected.grad_norm, rel_tol=1e-5)
+        # Relative to the gradient itself; fp32 noise of the smallest ones is above 1e-5 of them.
+        errors = {key: _norm({key: actual[key] - g}) / _norm({key: g}) for key, g in expected_gradients.items()}
+        whole = _norm({key: actual[key] - g for key, g in expected_gradients.items()}) / _norm(expected_gradients)
+        assert whole <= 1e-5
+        assert max(errors.values()) <= 5e-5, max(errors, key=errors.__getitem__)
+    for _, weights in pool.run(case.world_size, train_steps, *folders, case, 1):
+        update = _norm({key: weights[key] - expected_weights[key] for key in weights}) / move
+        assert update <= 1e-3
+    figures = f"gradients {whole:.1e}, worst {max(errors.values()):.1e}, update {update:.1e}"
+    table.add("first step in other layouts, relative L2 to one rank's", f"{kind}, {name:28}", figures)
+
+
+def _norm(tensors: Mapping[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors.values()))
 
 
 def test_sources_do_not_dilute_each_other(pool: WorkerPool, models: tuple[str, str]) -> None:
@@ -209,7 +281,7 @@ def test_sources_do_not_dilute_each_other(pool: WorkerPool, models: tuple[str, s
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
 def test_non_finite_step_changes_nothing(pool: WorkerPool, models: tuple[str, str], layout: str) -> None:
-    parallel = LAYOUTS[layout]
+    parallel = LAYOUTS[layout].parallel
     bad = pool.run(2, weights_after_a_skipped_step, *models, parallel, True)
     good = pool.run(2, weights_after_a_skipped_step, *models, parallel, False)
     for (skipped, weights), (_, expected) in zip(bad, good, strict=True):
@@ -225,7 +297,7 @@ def test_each_token_is_scored_by_its_own_teacher(
     student, teacher = models
     make_model(tmp_path / "third", "qwen3", vocab_size=97, layers=2, hidden=64, seed=9)
     teachers = {"code": teacher, "maths": student, "prose": str(tmp_path / "third")}
-    results = pool.run(2, opd_of_routed_teachers, student, teachers, Case(parallel=LAYOUTS[layout], max_tokens=64))
+    results = pool.run(2, opd_of_routed_teachers, student, teachers, replace(LAYOUTS[layout], max_tokens=64))
     for routed, parts in results:
         assert math.isclose(routed, sum(parts), rel_tol=1e-6)
         assert len({round(part, 6) for part in parts}) == 3
@@ -245,4 +317,5 @@ def test_frozen_models_hold_no_gradients_and_no_optimizer_state(pool: WorkerPool
     assert memory.frozen_with_gradient == 0
     assert memory.frozen_gradient_buffers == 0
     assert not memory.hidden_requires_grad
-    assert memory.optimizer_states == 2 * memory.student_parameters  # Adam's two moments of the student, nothing else
+    # The student's weights themselves (fp32: no master copy) and Adam's two moments of them, nothing else.
+    assert memory.optimizer_tensors == 3 * memory.student_parameters

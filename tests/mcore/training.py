@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,19 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
-from megatron_opd.types import Aggregation, Objective, PackedBatch, Prompt, Rollout, RunStopped, Source, StepStats, TrainState
+from megatron_opd.types import (
+    Aggregation,
+    FrozenScores,
+    Objective,
+    PackedBatch,
+    Prompt,
+    Rollout,
+    RunStopped,
+    Scorer,
+    Source,
+    StepStats,
+    TrainState,
+)
 from tests.mcore.worlds import build_student, open_layout
 
 STABLE_OPD = Objective(
@@ -40,13 +53,15 @@ class Case:
     """One way to compute the same step."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher: ParallelConfig | None = None  # None: the student's
     max_tokens: int = 256
     shuffle: int | None = None  # seed of another order of the rollouts
     objective: Objective = STABLE_OPD
     aggregation: Aggregation = "token"
     distributed: bool = True
-
-    teacher: ParallelConfig | None = None  # None: the student's
+    overlap: bool = False  # of gradient reduction and parameter gather with the passes
+    offload: bool = False
+    native: tuple[tuple[str, Any], ...] = ()  # TransformerConfig fields
 
     @property
     def frozen(self) -> ParallelConfig:
@@ -74,21 +89,43 @@ def make_rollouts(seed: int, vocab_size: int) -> list[Rollout]:
 
 
 def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Platform) -> Trainer:
-    chunks, spec = build_student(student, case.parallel, layout, platform)
+    chunks, spec = build_student(student, case.parallel, layout, platform, native=dict(case.native))
     # Adam starts with the gradient's sign: at eps 1e-8 the rounding noise of a gradient near 0 moves a weight by a whole lr.
-    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0, clip_grad=1.0, eps=1e-4, distributed=case.distributed)
+    optimizer = OptimizerConfig(
+        lr=1e-2,
+        warmup_steps=0,
+        clip_grad=1.0,
+        eps=1e-4,
+        distributed=case.distributed,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap and case.distributed,
+        bucket_size=5000 if case.overlap else None,
+    )
     vocab = spec.dims.vocab_size
     return Trainer(
-        chunks, spec, layout, case.objective, optimizer, total_steps=10, loss_vocab_size=vocab, stop_ids=(2,), chunk_tokens=7
+        chunks,
+        spec,
+        layout,
+        platform,
+        case.objective,
+        optimizer,
+        total_steps=10,
+        loss_vocab_size=vocab,
+        stop_ids=(2,),
+        chunk_tokens=7,
+        offload=case.offload,
     )
 
 
 def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Platform, padded_vocab: int) -> MegatronScorer:
-    frozen = FrozenModel(HFFolder(folder), "teacher", case.frozen, layout, platform, torch.float32, padded_vocab)
+    frozen = FrozenModel(
+        HFFolder(folder), "teacher", case.frozen, layout, platform, torch.float32, padded_vocab, offload=case.offload
+    )
     return MegatronScorer(frozen)
 
 
 def hf_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    trainer.complete_parameters()
     weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
     return {name: tensor.clone() for name, tensor in weights}
 
@@ -125,8 +162,15 @@ def _train(
     for step in steps:
         rollouts = make_rollouts(step, trainer.loss_vocab_size)
         shares = share(rollouts, case, layout)
-        stats.append(trainer.step(own_part(shares, layout), teacher_scorer.score(shares), reference_scorer.score(shares)))
+        with trainer.off_device():
+            teacher_scores, reference_scores = (_score(scorer, shares) for scorer in (teacher_scorer, reference_scorer))
+        stats.append(trainer.step(own_part(shares, layout), teacher_scores, reference_scores))
     return trainer, stats
+
+
+def _score(scorer: Scorer, shares: list[list[PackedBatch]]) -> list[FrozenScores]:
+    with scorer.on_device():
+        return scorer.score(shares)
 
 
 def gradients(student: str, teacher: str, case: Case) -> tuple[StepStats, dict[str, torch.Tensor]]:
@@ -201,7 +245,7 @@ class Memory:
     frozen_gradient_buffers: int
     hidden_requires_grad: bool
     student_parameters: int
-    optimizer_states: int
+    optimizer_tensors: int
 
 
 def memory_of_frozen_models(student: str, teacher: str) -> Memory:
@@ -213,14 +257,12 @@ def memory_of_frozen_models(student: str, teacher: str) -> Memory:
     scores = scorer.score(shares)
     trainer.step(own_part(shares, layout), scores, scores)
     frozen = scorer.model.parameters()
-    adam = trainer.optimizer.chained_optimizers[0].optimizer
-    states = [state for per_parameter in adam.state.values() for state in per_parameter.values() if torch.is_tensor(state)]
     return Memory(
         frozen_with_gradient=sum(p.numel() for p in frozen if p.requires_grad or p.grad is not None),
         frozen_gradient_buffers=sum(p.numel() for p in frozen if hasattr(p, "main_grad")),
         hidden_requires_grad=any(score.hidden is None or score.hidden.requires_grad for score in scores),
         student_parameters=sum(p.numel() for p in trainer.parameters()),
-        optimizer_states=sum(state.numel() for state in states),
+        optimizer_tensors=sum(tensor.numel() for tensor in trainer.optimizer_tensors()),
     )
 
 
