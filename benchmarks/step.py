@@ -1,6 +1,6 @@
-"""The training phase of one OPD step against the bare Megatron passes that it must make, in one run.
+"""The training phase of one OPD step against the bare Megatron passes that it must make, layout by layout, in one run.
 
-    python benchmarks/step.py [--tp 2] [--layers 6 --hidden 288 --vocab 16384 --tokens 2048 --repeats 5]
+    python benchmarks/step.py [--layouts "tp1" "tp2" "pp2 vpp2" ...] [--layers 6 --hidden 288 --vocab 16384 --tokens 2048]
 
 Ours: teacher scores, reference scores and one optimizer step of the objective. Bare: the same packed micro-batches through
 Megatron's own output layer: two frozen forwards to logits, one forward and backward with its cross-entropy, the same optimizer.
@@ -15,7 +15,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from megatron_opd.config import OptimizerConfig, ParallelConfig
-from megatron_opd.data import pack
+from megatron_opd.data import Multiples, context_slice, pack
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.model import HiddenStateModel, build_model, load_pretrained, model_spec, transformer_config
@@ -38,6 +39,16 @@ from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.types import LossOutput, LossTerms, Objective, PackedBatch, Prompt, Rollout, Source
 
+LAYOUTS = {  # with experts where ep is above 1
+    "tp1": ParallelConfig(),
+    "tp2": ParallelConfig(tp=2),
+    "tp2 sp": ParallelConfig(tp=2, sequence_parallel=True),
+    "pp2": ParallelConfig(pp=2),
+    "pp2 vpp3": ParallelConfig(pp=2, vpp=3),
+    "dp2": ParallelConfig(dp=2),
+    "cp2": ParallelConfig(cp=2),
+    "ep2": ParallelConfig(ep=2, dp=2),
+}
 OBJECTIVE = Objective(
     opd="sampled",
     clip=0.2,
@@ -48,11 +59,22 @@ OBJECTIVE = Objective(
     gold_weight=0.1,
     reference_kl=0.01,
 )
+Shares = list[list[PackedBatch]]
+
+
+@dataclass(frozen=True)
+class World:
+    """What both steps are built in."""
+
+    source: HFFolder
+    parallel: ParallelConfig
+    layout: ParallelLayout
+    platform: Platform
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=288)
     parser.add_argument("--vocab", type=int, default=16384)
@@ -60,48 +82,48 @@ def main() -> None:
     parser.add_argument("--opd", default="sampled", choices=["sampled", "reverse_kl", "forward_kl", "jsd"])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(args, folder)
-        os.environ.update(WORLD_SIZE=str(args.tp), MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")  # what torchrun would set
-        if args.tp == 1:
-            measure(0, args, folder)
-        else:
-            spawn(measure, (args, folder), nprocs=args.tp)
+    print(f"{args.layers} layers, H {args.hidden}, V {args.vocab}, {args.opd}; medians of {args.repeats}")
+    print(f"{'layout':10} {'OPD step':>9} {'bare passes':>12} {'ratio':>7}")
+    for port, name in enumerate(args.layouts, start=29511):
+        parallel = LAYOUTS[name]
+        ranks = parallel.model_parallel_size * (parallel.dp or 1)
+        os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # what torchrun would set
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(args, folder, experts=parallel.ep > 1)
+            spawn(measure, (args, name, folder), nprocs=ranks)
 
 
-def write_model(args: argparse.Namespace, folder: str) -> None:
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 48,
-        num_key_value_heads=args.hidden // 144,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+def write_model(args: argparse.Namespace, folder: str, *, experts: bool) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": args.vocab,
+        "hidden_size": args.hidden,
+        "intermediate_size": 3 * args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 48,
+        "num_key_value_heads": args.hidden // 144,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+    if experts:
+        MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)).save_pretrained(folder)
+    else:
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
 
 
-def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
+def measure(rank: int, args: argparse.Namespace, name: str, folder: str) -> None:
     os.environ["RANK"] = str(rank)
-    platform, parallel = Platform.detect(rank), ParallelConfig(tp=args.tp)
+    platform, parallel = Platform.detect(rank), LAYOUTS[name]
     init_process_group(platform)
-    layout = init_layout(parallel, seed=1)
-    batches = make_batches(args)
-    ours = our_step(folder, parallel, layout, platform, batches, args.opd)
-    bare = bare_step(folder, parallel, layout, platform, batches)
+    world = World(HFFolder(Path(folder)), parallel, init_layout(parallel, seed=1), platform)
+    shares = make_shares(args, world)
+    ours, bare = our_step(world, shares, args.opd), bare_step(world, shares)
     ours(), bare()  # warm-up
     pairs = [(timed(ours), timed(bare)) for _ in range(args.repeats)]
     if rank == 0:
         ratios = [mine / other for mine, other in pairs]
-        tokens = sum(batch.num_tokens for batch in batches)
-        print(
-            f"tp{args.tp}, {args.layers} layers, H {args.hidden}, V {args.vocab}, {tokens} tokens, {len(batches)} micro-batches"
-        )
-        print(f"OPD step ({args.opd}) {statistics.median(mine for mine, _ in pairs):.2f} s")
-        print(f"bare passes        {statistics.median(other for _, other in pairs):.2f} s")
-        print(f"ratio              {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
+        mine, other = (statistics.median(times) for times in zip(*pairs, strict=True))
+        spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"{name:10} {mine:7.2f} s {other:10.2f} s {statistics.median(ratios):7.3f} {spread}", flush=True)
     dist.destroy_process_group()
 
 
@@ -113,7 +135,7 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def make_batches(args: argparse.Namespace) -> list[PackedBatch]:
+def make_shares(args: argparse.Namespace, world: World) -> Shares:
     """Rollouts of 64 to 448 tokens behind prompts of 64, one gold solution for each four; micro-batches of 1,024 tokens."""
     rng = random.Random(0)
     rollouts: list[Rollout] = []
@@ -123,82 +145,62 @@ def make_batches(args: argparse.Namespace) -> list[PackedBatch]:
         gold = len(rollouts) % 5 == 4
         log_probs = () if gold else (-9.0,) * len(response)
         rollouts.append(Rollout(prompt, Source.GOLD if gold else Source.STUDENT, response, log_probs, "stop", 0, ""))
-    return pack(rollouts, dp_size=1, max_tokens=1024, aggregation="token")[0]
+    multiples = Multiples.of([world.parallel])
+    return pack(rollouts, dp_size=world.layout.dp_size, max_tokens=1024, aggregation="token", multiples=multiples)
 
 
-def our_step(
-    folder: str, parallel: ParallelConfig, layout: ParallelLayout, platform: Platform, batches: list[PackedBatch], opd: Any
-) -> Callable[[], None]:
-    chunks, source = load_student(folder, parallel, layout, platform)
-    spec = model_spec(source, parallel, "student")
-    objective = Objective(**{**vars(OBJECTIVE), "opd": opd})
-    vocab, padded = spec.dims.vocab_size, spec.dims.padded_vocab_size
-    optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
-    trainer = Trainer(
-        chunks,
-        spec,
-        layout,
-        platform,
-        objective,
-        optimizer,
-        total_steps=10**6,
-        loss_vocab_size=vocab,
-        stop_ids=(2,),
-        chunk_tokens=None,
-    )
+def own_part(world: World, shares: Shares) -> list[PackedBatch]:
+    layout = world.layout
+    return [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
+
+
+def our_step(world: World, shares: Shares, opd: Any) -> Callable[[], None]:
+    trainer = build_trainer(world, Objective(**{**vars(OBJECTIVE), "opd": opd}))
+    padded, frozen_parallel = trainer.spec.dims.padded_vocab_size, world.parallel.model_copy(update={"vpp": 1})
     frozen = [
-        MegatronScorer(FrozenModel(source, name, parallel, layout, platform, torch.float32, padded))
+        MegatronScorer(FrozenModel(world.source, name, frozen_parallel, world.layout, world.platform, torch.float32, padded))
         for name in ("teacher", "reference")
     ]
+    batches = own_part(world, shares)
 
     def step() -> None:
-        teacher, reference = (scorer.score([batches]) for scorer in frozen)
+        teacher, reference = (scorer.score(shares) for scorer in frozen)
         trainer.step(batches, teacher, reference)
 
     return step
 
 
-def bare_step(
-    folder: str, parallel: ParallelConfig, layout: ParallelLayout, platform: Platform, batches: list[PackedBatch]
-) -> Callable[[], None]:
-    student, source = load_student(folder, parallel, layout, platform)
-    frozen = load_student(folder, parallel, layout, platform)[0]
-    frozen[0].requires_grad_(False)
-    spec = model_spec(source, parallel, "student")
-    optimizer = OptimizerConfig(lr=1e-6, warmup_steps=0)
-    vocab = spec.dims.vocab_size
-    trainer = Trainer(
-        student,
-        spec,
-        layout,
-        platform,
-        OBJECTIVE,
-        optimizer,
-        total_steps=10**6,
-        loss_vocab_size=vocab,
-        stop_ids=(2,),
-        chunk_tokens=None,
-    )
+def bare_step(world: World, shares: Shares) -> Callable[[], None]:
+    trainer, batches = build_trainer(world, OBJECTIVE), own_part(world, shares)
+    frozen = build_student(world)
+    for chunk in frozen:
+        chunk.requires_grad_(False)
+    group = world.parallel.microbatch_multiple
 
     def cross_entropy(ddp: DistributedDataParallel, batch: PackedBatch) -> Tensor:
         chunk: HiddenStateModel = ddp.module
-        return chunk.compute_language_model_loss(batch.labels[None], logits(chunk, batch))  # [1, T]
+        hidden = logits(chunk, batch)
+        return chunk.compute_language_model_loss(batch.labels[None], hidden) if chunk.post_process else hidden  # [1, T]
 
     def step() -> None:
         for _ in range(2):
-            for batch in batches:
-                forward_only(frozen, logits, [batch], layout)  # one at a time: the logits of a micro-batch are freed
-        trainer.ddp[0].zero_grad_buffer()
+            for first in range(0, len(batches), group):  # few at a time: the logits of a micro-batch are freed
+                forward_only(frozen, logits, batches[first : first + group], world.layout)
+        for ddp in trainer.ddp:
+            ddp.zero_grad_buffer()
         trainer.optimizer.zero_grad()
-        forward_backward(trainer.ddp, cross_entropy, batches, [weighted_sum(batch) for batch in batches], layout)
+        forward_backward(trainer.ddp, cross_entropy, batches, [weighted_sum(batch) for batch in batches], world.layout)
         trainer.optimizer.step()
 
     return step
 
 
-def logits(model: HiddenStateModel, batch: PackedBatch) -> Tensor:
-    """[T, 1, V/tp], by Megatron's own output layer."""
-    product, _ = model.output_layer(model.forward_packed(batch)[:, None], weight=model.lm_head)
+def logits(chunk: HiddenStateModel, batch: PackedBatch) -> Tensor:
+    """[T, 1, V/tp], by Megatron's own output layer; away from the last stage, what it sends on."""
+    hidden = chunk.forward_packed(batch)
+    if not chunk.post_process:
+        return hidden
+    product: Tensor = chunk.output_layer(hidden[:, None], weight=chunk.lm_head)[0]
     return product
 
 
@@ -213,14 +215,30 @@ def weighted_sum(batch: PackedBatch) -> Callable[[Tensor], LossOutput]:
     return loss
 
 
-def load_student(
-    folder: str, parallel: ParallelConfig, layout: ParallelLayout, platform: Platform
-) -> tuple[tuple[HiddenStateModel, ...], HFFolder]:
-    source = HFFolder(Path(folder))
-    spec = model_spec(source, parallel, "student")
-    chunks = build_model(spec, transformer_config(spec, parallel, platform, torch.float32, {}), layout, platform)
-    load_pretrained(chunks, spec, source, layout)
-    return chunks, source
+def build_trainer(world: World, objective: Objective) -> Trainer:
+    spec = model_spec(world.source, world.parallel, "student")
+    return Trainer(
+        build_student(world),
+        spec,
+        world.layout,
+        world.platform,
+        objective,
+        OptimizerConfig(lr=1e-6, warmup_steps=0),
+        total_steps=10**6,
+        loss_vocab_size=spec.dims.vocab_size,
+        stop_ids=(2,),
+        chunk_tokens=None,
+    )
+
+
+def build_student(world: World) -> Sequence[HiddenStateModel]:
+    spec = model_spec(world.source, world.parallel, "student")
+    config = transformer_config(spec, world.parallel, world.platform, torch.float32, {})
+    chunks = build_model(spec, config, world.layout, world.platform)
+    load_pretrained(chunks, spec, world.source, world.layout)
+    if chunks[-1].post_process and config.sequence_parallel:  # the hidden states are gathered before the output layer
+        chunks[-1].output_layer.sequence_parallel, chunks[-1].output_layer.allreduce_dgrad = False, True
+    return chunks
 
 
 if __name__ == "__main__":

@@ -150,6 +150,32 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "heads by tp": (put("student.parallel.tp", 4), ["student.model", "num_key_value_heads=2", "tp=4", "divides"]),
     "layers by pp": (put("student.parallel.pp", 4), ["student.model", "num_hidden_layers=2", "pp=4"]),
     "teacher layers by pp": (put("student.parallel.pp", 2), ["teacher.model", "num_hidden_layers=3", "pp=2"]),
+    "teacher's own layers by pp": (
+        put("teacher.parallel", {"pp": 2}),
+        ["teacher.model", "num_hidden_layers=3", "pp=2", "divides"],
+    ),
+    "teacher's own layout beyond the world": (
+        put("teacher.parallel", {"tp": 2, "cp": 2}),
+        ["teacher.parallel", "tp=2 x pp=1 x cp=2", "2 ranks", "multiple of 4"],
+    ),
+    "virtual stages of a frozen model": (put("reference.parallel", {"pp": 2, "vpp": 2}), ["reference.parallel.vpp", "vpp=1"]),
+    "virtual stages without stages": (put("student.parallel.vpp", 2), ["student.parallel.vpp", "pp > 1", "vpp=1"]),
+    "layers by virtual stages": (
+        both(put("student.parallel.pp", 2), put("student.parallel.vpp", 2)),
+        ["student.model", "num_hidden_layers=2", "pp x vpp=4"],
+    ),
+    "sequence parallelism of one rank": (
+        put("teacher.parallel", {"sequence_parallel": True}),
+        ["teacher.parallel.sequence_parallel", "tp > 1"],
+    ),
+    "overlapped gather alone": (
+        put("optimizer.overlap_param_gather", True),
+        ["optimizer.overlap_param_gather", "overlap_grad_reduce=true"],
+    ),
+    "recomputed only by Transformer Engine": (
+        put("student.megatron", {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}),
+        ["student.megatron.recompute_modules", "layernorm", "core_attn"],
+    ),
     "full vocabulary of a scores-only teacher": (
         lambda _, config: config.update(teacher={**config["teacher"], "backend": "sglang"}, loss={"opd": "reverse_kl"}),
         ["loss.opd", "reverse_kl", "full vocabulary", "teacher.backend"],

@@ -71,7 +71,7 @@ def test_run_of_experts_exports_every_tensor(tmp_path: Path, parallel: dict[str,
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_run_with_two_teachers_routes_each_prompt(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     routed = folder / "routed.jsonl"
@@ -79,7 +79,12 @@ def test_run_with_two_teachers_routes_each_prompt(uninterrupted: tuple[Path, dic
     tree = {key: value for key, value in config.items() if key not in ("teacher", "eval")}
     tree["run"] = {"name": "routed", "dir": str(folder / "routed"), "steps": 3}
     tree["data"] = {"prompts": str(routed), "prompts_per_step": 4}
-    tree["teachers"] = {"a": {"model": str(folder / "teacher")}, "b": {"model": str(folder / "student")}}
+    tree["teachers"] = {
+        "a": {"model": str(folder / "teacher"), "parallel": {"cp": 2}, "offload": True},
+        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True},
+    }
+    tree["student"] = {**config["student"], "offload": True}
+    tree["reference"] = {"parallel": {"dp": 2}}
     result = runs.run(folder, tree)
     assert result.returncode == 0, result.stderr
     assert [record["step"] for record in runs.metrics(folder / "routed")] == [1, 2, 3]

@@ -51,11 +51,11 @@ def write_reduced_model(
 
 def _sizes(dims: Dimensions, parallel: ParallelConfig, *, own_head_dim: bool) -> dict[str, int]:
     """Entries of config.json: at most two of what a rank, or a group of heads, holds several of."""
-    tp, pp = parallel.tp, parallel.pp
+    tp, stages = parallel.tp, parallel.pp * parallel.vpp
     query_groups = tp * min(dims.query_groups // tp, _MOST)
     heads = query_groups * min(dims.heads // dims.query_groups, _MOST)
     sizes = {
-        "num_hidden_layers": pp * min(dims.layers // pp, _MOST),
+        "num_hidden_layers": stages * min(dims.layers // stages, _MOST),
         "num_attention_heads": heads,
         "num_key_value_heads": query_groups,
         "hidden_size": heads * _HEAD_SIZE,

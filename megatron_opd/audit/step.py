@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.audit.dense_step import DenseModel, DenseModels, DenseStep, dense_step, with_old_log_probs
 from megatron_opd.audit.reduced_run import STOP_IDS, ReducedRun, build_reduced_run, write_reduced_models
 from megatron_opd.audit.report import Check, disagreement, ratio
 from megatron_opd.audit.rollouts import LONGEST_SEQUENCE, fewer_than_ranks, make_rollouts
-from megatron_opd.config import Config
+from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.data.packing import Multiples, pack
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
@@ -89,7 +90,13 @@ def audit_step(config: Config, inputs: Inputs, platform: Platform, layout: Paral
     def check(name: str, how: str, error: float) -> Check:
         return Check(name, f"{compared}; {how}", error, _TOLERANCE)
 
-    checks = [check(f"training step, {_axes(layout)}", "one micro-batch a rank", step.error(truth, rollouts, _WHOLE))]
+    checks = [
+        check(
+            f"training step, {_axes(config, dist.get_world_size())}",
+            "one micro-batch a rank",
+            step.error(truth, rollouts, _WHOLE),
+        )
+    ]
     if layout.tp_size > 1:
         error = max((disagreement(each, layout.tp) for each in run.trainer.replicated_gradients()), default=0.0)
         checks.append(Check("replicated gradients", "those of the norms on all TP ranks", error, 0.0))
@@ -109,10 +116,24 @@ def _with_smaller_k(config: Config) -> Config:
     return config.model_copy(update={"loss": config.loss.model_copy(update={"k": min(config.loss.k, _LARGEST_K)})})
 
 
-def _axes(layout: ParallelLayout) -> str:
-    axes = {"TP": layout.tp, "CP": layout.cp, "PP": layout.pp, "EP": layout.ep, "DP": layout.dp}
-    sizes = {axis: group.size() for axis, group in axes.items()}
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
+def _axes(config: Config, world_size: int) -> str:
+    """Of the student, and of the frozen models where they have another layout."""
+    student = config.layouts["student"]
+    shared = student.model_copy(update={"vpp": 1})
+    others = {section: layout for section, layout in config.layouts.items() if layout not in (student, shared)}
+    own = [f"{section} {_sizes(layout, world_size)}" for section, layout in others.items()]
+    return "; ".join([_sizes(student, world_size), *own])
+
+
+def _sizes(parallel: ParallelConfig, world_size: int) -> str:
+    sizes = {"TP": parallel.tp, "CP": parallel.cp, "PP": parallel.pp, "VPP": parallel.vpp, "EP": parallel.ep}
+    sizes["DP"] = world_size // parallel.model_parallel_size
+    names = [
+        f"{axis} {size}{' + SP' if axis == 'TP' and parallel.sequence_parallel else ''}"
+        for axis, size in sizes.items()
+        if size > 1
+    ]
+    return " x ".join(names) or "one rank"
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

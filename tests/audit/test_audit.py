@@ -46,10 +46,11 @@ VALUE, HIDDEN, HEAD = "loss value, fp32", "loss gradient, hidden states, fp32", 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A config tree of one rank; depth and heads that two ranks can divide."""
+    """A config tree of one rank; depth and heads that the layouts can divide."""
     folder = tmp_path_factory.mktemp("audit")
     tree = runs.make_inputs(folder)
     words = [str(number) for number in range(40)] + ["+", "=", "."]
+    make_model(folder / "student", "qwen3", tied=True, vocab_size=53, layers=4, vocab_words=words, seed=1)
     make_model(folder / "teacher", "llama", vocab_size=59, layers=4, hidden=48, vocab_words=words, seed=2)
     tree["student"]["parallel"] = {}
     return folder, tree
@@ -67,15 +68,27 @@ def checks_of(config: Config) -> list[Check]:
         ({}, {"student": {"dtype": "bfloat16"}, "loss": {"opd": "topk_reverse_kl", "reference_kl": 0.1}}, 14),
         ({"tp": 2, "sequence_parallel": True}, {}, 13),
         ({"pp": 2}, {"loss": {"opd": "jsd", "off_policy": "divergence", "aggregation": "response", "stop_class": "none"}}, 9),
+        (
+            {"pp": 2, "vpp": 2, "dp": 2},
+            {"teacher": {"parallel": {"tp": 2, "cp": 2, "sequence_parallel": True}}, "reference": {"parallel": {"tp": 2}}},
+            12,
+        ),
         ({"dp": 2}, {"mixture": {"student": 0, "teacher": 0, "gold": 1}, "reference": None}, 9),
     ],
-    ids=["one rank, bf16, top-k", "tp2, policy gradient", "pp2, GKD by responses", "dp2, gold alone"],
+    ids=[
+        "one rank, bf16, top-k",
+        "tp2, policy gradient",
+        "pp2, GKD by responses",
+        "interleaved, teacher cp2",
+        "dp2, gold alone",
+    ],
 )
 def test_audit_passes(
     pool: WorkerPool, inputs: tuple[Path, dict[str, Any]], layout: dict[str, Any], changes: dict[str, Any], rows: int
 ) -> None:
     _, tree = inputs
     changes = {**changes, "student": {**tree["student"], **changes.get("student", {}), "parallel": layout}}
+    changes = {key: {**(tree.get(key) or {}), **value} if key == "teacher" else value for key, value in changes.items()}
     config = validate_config({**tree, **changes})
     results = pool.run(config.student.parallel.model_parallel_size * (config.student.parallel.dp or 1), checks_of, config)
     assert all(checks == results[0] for checks in results)

@@ -254,11 +254,9 @@ def test_every_gradient_and_the_update_agree_in_every_layout(
     for stats, actual in pool.run(case.world_size, gradients, *folders, case):
         assert math.isclose(stats.terms.loss, expected.terms.loss, rel_tol=1e-5)
         assert math.isclose(stats.grad_norm, expected.grad_norm, rel_tol=1e-5)
-        # Relative to the gradient itself; fp32 noise of the smallest ones is above 1e-5 of them.
         errors = {key: _norm({key: actual[key] - g}) / _norm({key: g}) for key, g in expected_gradients.items()}
         whole = _norm({key: actual[key] - g for key, g in expected_gradients.items()}) / _norm(expected_gradients)
-        assert whole <= 1e-5
-        assert max(errors.values()) <= 5e-5, max(errors, key=errors.__getitem__)
+        assert max(errors.values()) <= 1e-5, max(errors, key=errors.__getitem__)
     for _, weights in pool.run(case.world_size, train_steps, *folders, case, 1):
         update = _norm({key: weights[key] - expected_weights[key] for key in weights}) / move
         assert update <= 1e-3
