@@ -215,7 +215,7 @@ def weighted_sum(batch: PackedBatch) -> Callable[[Tensor], LossOutput]:
     return loss
 
 
-def build_trainer(world: World, objective: Objective) -> Trainer:
+def build_trainer(world: World, objective: Objective, *, offload: bool = False) -> Trainer:
     spec = model_spec(world.source, world.parallel, "student")
     return Trainer(
         build_student(world),
@@ -228,6 +228,7 @@ def build_trainer(world: World, objective: Objective) -> Trainer:
         loss_vocab_size=spec.dims.vocab_size,
         stop_ids=(2,),
         chunk_tokens=None,
+        offload=offload,
     )
 
 

@@ -108,7 +108,7 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
     experts = fields.get("num_local_experts") or fields.get("num_experts") or 0
     if experts and parallel.tp > 1 and not parallel.sequence_parallel:
         raise OpdError(f"{key}: experts with tp={parallel.tp} need {axes}.sequence_parallel=true; set it")
-    if experts and parallel.tp > 1 and parallel.ep == 1:
+    if experts and parallel.tp > 1 and parallel.ep == 1 and section == "student":
         # Megatron reduces the gradients of experts over the tensor-parallel ranks, which see other tokens, only for ep > 1.
         raise OpdError(f"{key}: experts with tp={parallel.tp} and ep=1 get wrong gradients in Megatron; set ep={parallel.tp}")
     if not experts and parallel.ep > 1:

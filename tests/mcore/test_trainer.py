@@ -64,7 +64,7 @@ LAYOUTS = {
 }
 EXPERT_LAYOUTS = {
     "dp2": Case(P(dp=2), P(ep=2)),
-    "pp2": Case(P(pp=2), P(ep=2)),
+    "pp2": Case(P(pp=2), P(tp=2, **SP)),
     "cp2": Case(P(cp=2), P(ep=2)),
     "ep2": Case(P(ep=2, dp=2), P(pp=2)),
     "ep2 x dp2": Case(P(ep=2, dp=4), P(ep=4)),
