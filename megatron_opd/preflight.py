@@ -17,7 +17,9 @@ from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
-from megatron_opd.mcore.checkpoint import check_checkpoint, latest_checkpoint
+from megatron_opd.mcore.checkpoint import check_checkpoint
+from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
+from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
@@ -37,6 +39,7 @@ class Inputs:
     stop_ids: tuple[int, ...]  # that end a rollout of the student
     teacher_stop_ids: dict[str, tuple[int, ...]]
     stop_class: tuple[int, ...]  # the end tokens of student and teachers
+    megatron_checkpoints: dict[str, Path]  # by section: weights that Megatron-LM saved, in place of the folder's
     prompts: list[Prompt]
     heldout: list[Prompt]
     loss_vocab_size: int  # ids that student, teacher and reference share
@@ -55,8 +58,9 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     student = HFFolder(resolve_model(config.student.model))
     student_spec = model_spec(student, parallel, "student")
     student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
+    found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
     if config.student.init == "pretrained":
-        student.check_tensors()
+        _check_weights(student, student_spec, "student", found)
     teachers, reference = _frozen_folders(config, student)
     frozen = [(folder, teacher_key(name)) for name, folder in teachers.items()]
     if reference is not None:
@@ -64,7 +68,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     specs = [student_spec]
     for folder, section in frozen:
         specs.append(model_spec(folder, config.layouts[section], section))
-        folder.check_tensors()
+        _check_weights(folder, specs[-1], section, found)
 
     tokenizer = load_tokenizer(student.path)
     for folder, _ in frozen:
@@ -93,6 +97,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         stop_ids=stop_class if config.objective.merge_stop_class else own_stops,
         teacher_stop_ids=teacher_stops,
         stop_class=stop_class,
+        megatron_checkpoints=found,
         prompts=prompts,
         heldout=heldout,
         loss_vocab_size=vocab_size,
@@ -143,6 +148,13 @@ def _axes(parallel: ParallelConfig, world_size: int) -> str:
 
 def dtype_of(config: Config) -> torch.dtype:
     return torch.float32 if config.student.dtype == "float32" else torch.bfloat16
+
+
+def _check_weights(folder: HFFolder, spec: ModelSpec, section: str, megatron: dict[str, Path]) -> None:
+    if section in megatron:
+        check_weights(megatron[section], spec, f"{section}.load")
+    else:
+        folder.check_tensors()
 
 
 def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFolder], HFFolder | None]:
@@ -228,8 +240,14 @@ def _resume(config: Config, spec: ModelSpec) -> tuple[Path | None, int]:
         probe.unlink(missing_ok=True)  # another rank may have probed just now
     except OSError as error:
         raise OpdError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from error
-    latest = latest_checkpoint(run_dir / "checkpoints")
+    folder = run_dir / "checkpoints"
+    latest = latest_checkpoint(folder)
     if latest is None:
+        if damaged := checkpoints(folder):
+            raise OpdError(
+                f"checkpoint.resume: every checkpoint in {folder} is damaged (in {damaged[0].name}, {damage(damaged[0])}); "
+                "restore one, or delete them to start anew"
+            )
         return None, 0
     if config.checkpoint.resume == "never":
         raise OpdError(f"checkpoint.resume: never, but {latest} exists; choose another run.dir or delete it")

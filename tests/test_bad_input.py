@@ -110,7 +110,7 @@ def heldout_is_trained_on(folder: Path, _config: dict[str, Any]) -> None:
 
 
 def checkpoint_of_another_model(folder: Path, _config: dict[str, Any]) -> None:
-    saved = folder / "run" / "checkpoints" / "step_00000002"
+    saved = folder / "run" / "checkpoints" / "iter_0000002"
     saved.mkdir(parents=True)
     model = {"architecture": "Qwen3ForCausalLM", "num_hidden_layers": 9}
     (saved / "state.json").write_text(json.dumps({"model": model, "seed": 17, "state": {"step": 2}}))
@@ -211,7 +211,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "fewer prompts than a step takes": (put("data.prompts_per_step", 100), ["data.prompts_per_step", "100", "60"]),
     "held-out prompts are trained on": (heldout_is_trained_on, ["eval.prompts", "trained on"]),
-    "checkpoint of another model": (checkpoint_of_another_model, ["step_00000002", "num_hidden_layers", "9", "run.dir"]),
+    "checkpoint of another model": (checkpoint_of_another_model, ["iter_0000002", "num_hidden_layers", "9", "run.dir"]),
     "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
     "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),
     "derived Megatron field": (put("student.megatron", {"hidden_size": 8}), ["student.megatron.hidden_size"]),

@@ -92,7 +92,8 @@ def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path
 
 def test_old_checkpoints_are_deleted(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, _, _ = uninterrupted
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    left = ["iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt"]
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == left
 
 
 def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
@@ -126,7 +127,7 @@ def test_run_of_non_finite_steps_stops_with_its_checkpoints_intact(tmp_path: Pat
     config["student"]["parallel"] = {}
     assert runs.run(tmp_path, config, "run.steps=3", "optimizer.warmup_steps=1").returncode == 0
     intact = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert intact == {"step_00000002", "step_00000003"}
+    assert intact == {"iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"}
     ruinous = "optimizer.lr=1e38"  # the first step from here makes weights whose products overflow
     result = runs.run(tmp_path, config, ruinous, "run.max_skipped_steps=2", "run.steps=9", "checkpoint.every=9")
     assert result.returncode == 1
