@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,11 @@ def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Pat
     killed = {**config, "run": {**config["run"], "name": "killed", "dir": str(run_dir)}}
     process = runs.start(folder, killed)
     runs.kill_after_step(process, run_dir, step=3)  # the last checkpoint is that of step 2, or of step 4 if the kill was slow
+    torn = run_dir / "checkpoints" / ".iter_0000008.partial"
+    torn.mkdir()
     result = runs.run(folder, killed)
     assert result.returncode == 0, result.stderr
+    assert not torn.exists()
 
     expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
@@ -111,6 +115,39 @@ def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Pat
         for name in one:
             if not name.startswith(TIMINGS):
                 assert one[name] == other[name], (one["step"], name)
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    run_dir = folder / "damaged"
+    damaged = {**config, "run": {**config["run"], "name": "damaged", "dir": str(run_dir)}}
+    shutil.copytree(folder / "run", run_dir)
+    largest = max((run_dir / "checkpoints" / "iter_0000006").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[-100] ^= 1
+    largest.write_bytes(content)
+    result = runs.run(folder, damaged)
+    assert result.returncode == 0, result.stderr
+    assert f"the content of {largest.name} has changed; left out" in result.stderr
+    expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_run_that_cannot_save_warns_and_then_stops(uninterrupted: tuple[Path, dict[str, Any], str], asynchronous: bool) -> None:
+    folder, config, _ = uninterrupted
+    run_dir = folder / f"full-{asynchronous}"
+    full = {**config, "run": {**config["run"], "name": "full", "dir": str(run_dir)}}
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("")  # a file where the folder must be
+    full["checkpoint"] = {"every": 1, "async_save": asynchronous}
+    result = runs.run(folder, {**full, "eval": None})
+    assert result.returncode == 1
+    for step in (1, 2):
+        assert f"warning: step {step}: checkpoint not saved (Not a directory" in result.stdout
+    assert "step 3: checkpoint not saved" in result.stderr and "start again" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [record["step"] for record in runs.metrics(run_dir)] == [1, 2, 3]
 
 
 def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:

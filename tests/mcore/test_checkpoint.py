@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from megatron_opd.mcore.checkpoint_files import (
 )
 from megatron_opd.types import TrainState
 from tests.conftest import Table
-from tests.mcore.training import Case, _train, resume_for_one_step, save_after, save_lost_weights, train_steps
+from tests.mcore.training import Case, _train, resume_for_one_step, save_after, save_and_lose, save_lost_weights, train_steps
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
@@ -145,6 +147,38 @@ def _assert_next_step_agrees(
         assert math.isclose(stats.grad_norm, expected[1], rel_tol=1e-5)
     figure = f"loss {stats.terms.loss:.6f} ({expected[0]:.6f})"
     table.add("step after a checkpoint of another layout (and without interruption)", row, figure)
+
+
+@pytest.mark.parametrize("name", ["tp2", "dp2"])
+def test_training_goes_on_while_its_state_of_before_is_written(
+    pool: WorkerPool, models: tuple[str, str], uninterrupted: tuple[float, float], tmp_path: Path, name: str
+) -> None:
+    case = Case(parallel=LAYOUTS[name])
+    checkpoint, visible = pool.run(2, save_and_lose, *models, case, 2, str(tmp_path))[0]
+    assert not visible
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    for stats in pool.run(2, resume_for_one_step, *models, case, checkpoint):
+        assert math.isclose(stats.terms.loss, uninterrupted[0], rel_tol=1e-5)
+        assert math.isclose(stats.grad_norm, uninterrupted[1], rel_tol=1e-5)
+
+
+def lose_the_writer(path: str) -> list[str]:
+    """The second rank's writing process is killed."""
+
+    def write() -> tuple[list[Path], None]:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [], None
+
+    try:
+        CheckpointWrite(Path(path), lambda _: RankWriter(write, lambda _: None), {}, keep=1).finish()
+    except SaveFailed as error:
+        return [str(error), *(each.name for each in Path(path).parent.iterdir())]
+    return []
+
+
+def test_killed_writing_process_is_a_failed_save(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(2, lose_the_writer, str(tmp_path / "iter_0000001")) == [["the writing process was killed"]] * 2
 
 
 def test_lost_weights_are_not_saved_over_good_ones(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:

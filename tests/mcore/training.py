@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,6 +141,21 @@ def save_after(student: str, teacher: str, case: Case, steps: int, folder: str) 
     """``steps`` optimizer steps and a checkpoint."""
     trainer, _ = _train(student, teacher, case, range(steps))
     return str(start_checkpoint(Path(folder), trainer, TrainState(step=steps), seed=1, keep=1).finish())
+
+
+def save_and_lose(student: str, teacher: str, case: Case, steps: int, folder: str) -> tuple[str, bool]:
+    """As :func:`save_after`, but the weights and the optimizer's state are lost before the checkpoint is complete."""
+    trainer, _ = _train(student, teacher, case, range(steps))
+    write = start_checkpoint(Path(folder), trainer, TrainState(step=steps), seed=1, keep=1)
+    for parameter in trainer.parameters():
+        parameter.data.zero_()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.data.zero_()
+    visible = any(Path(folder).glob("iter_*"))
+    while not write.written():
+        time.sleep(0.05)
+    return str(write.finish()), visible
 
 
 def resume_for_one_step(student: str, teacher: str, case: Case, checkpoint: str) -> StepStats:
