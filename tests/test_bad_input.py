@@ -121,6 +121,16 @@ def run_dir_is_a_file(folder: Path, config: dict[str, Any]) -> None:
     config["run"]["dir"] = str(folder / "occupied")
 
 
+def damaged_checkpoint(folder: Path, _config: dict[str, Any]) -> None:
+    saved = folder / "run" / "checkpoints" / "iter_0000002"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"files": {"common.pt": [100, ""]}}))
+
+
+def load_from(section: str) -> Change:
+    return lambda folder, config: config[section].update(load=str(folder / "student"))
+
+
 CASES: dict[str, tuple[Change, list[str]]] = {
     "misspelt key": (put("loss.refrence_kl", 0.1), ["loss.refrence_kl", "unknown key", "reference_kl"]),
     "unknown section": (put("rolout", {}), ["rolout", "unknown key", "rollout"]),
@@ -211,6 +221,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "fewer prompts than a step takes": (put("data.prompts_per_step", 100), ["data.prompts_per_step", "100", "60"]),
     "held-out prompts are trained on": (heldout_is_trained_on, ["eval.prompts", "trained on"]),
+    "damaged checkpoint": (damaged_checkpoint, ["checkpoint.resume", "iter_0000002, common.pt is missing", "delete them"]),
+    "load without a checkpoint": (load_from("student"), ["student.load", "not a torch_dist checkpoint", "iter_"]),
+    "random and loaded": (both(put("student.init", "random"), load_from("student")), ["student.load", "student.init=random"]),
+    "loaded teacher that writes": (load_from("teacher"), ["teacher.load", "mixture.teacher=0", "eval.teacher=false"]),
     "checkpoint of another model": (checkpoint_of_another_model, ["iter_0000002", "num_hidden_layers", "9", "run.dir"]),
     "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
     "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),

@@ -150,6 +150,27 @@ def test_run_that_cannot_save_warns_and_then_stops(uninterrupted: tuple[Path, di
     assert [record["step"] for record in runs.metrics(run_dir)] == [1, 2, 3]
 
 
+def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    student = folder / "without-weights"
+    shutil.copytree(folder / "student", student, ignore=shutil.ignore_patterns("*.safetensors"))
+    checkpoint = str(folder / "run" / "checkpoints")
+    loaded = {**config, "run": {"name": "loaded", "dir": str(folder / "loaded"), "steps": 1}, "eval": None}
+    loaded["student"] = {**config["student"], "model": str(student), "load": checkpoint, "parallel": {"pp": 2}}
+    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}}
+    loaded["mixture"] = {"student": 2, "teacher": 0, "gold": 1}
+    loaded["optimizer"] = {"lr": 1.0e-3, "warmup_steps": 0}
+    result = runs.run(folder, loaded)
+    assert result.returncode == 0, result.stderr
+    first = runs.metrics(folder / "loaded")[0]
+    assert first["policy/engine_gap_max"] < 1e-4  # nats: the rollouts' weights, pushed by HF names, are those of the trainer
+    assert abs(first["loss/reference_kl"]) < 1e-6  # the initial student is what was loaded
+    assert abs(first["policy/advantage"]) < 1e-6  # and so is the teacher
+    exported, trained = (load_file(folder / name / "hf" / "model.safetensors") for name in ("loaded", "run"))
+    moved = max(float((exported[name] - trained[name]).abs().max()) for name in trained)
+    assert 0 < moved < 5e-3  # one step at a learning rate of 1e-3 from the weights that were saved
+
+
 def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     before = load_file(folder / "run" / "hf" / "model.safetensors")

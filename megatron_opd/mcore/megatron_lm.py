@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
@@ -164,7 +165,10 @@ def load_head(path: Path, spec: ModelSpec, rank: int, ranks: int, rows: int, dty
 
 def _sharded_weights(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[str, object]:
     """What to load. The state of Transformer Engine's FP8 scaling is made anew."""
-    state = chunk.sharded_state_dict(metadata=metadata)
+    own_replicas = {**metadata, "dp_cp_group": chunk.pg_collection.dp_cp}  # Megatron's default is the student's group
+    has_head = not chunk.post_process or chunk.output_layer is not None
+    # GPTModel's own method ties or pads the head, and fails where a frozen model has none.
+    state = (type(chunk) if has_head else MegatronModule).sharded_state_dict(chunk, metadata=own_replicas)
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
