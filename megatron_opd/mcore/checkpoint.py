@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import CheckpointWrite, RankWriter, checkpoint_name, read_state, root_cause
-from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION, arguments
+from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION, arguments, check_readable
 from megatron_opd.mcore.model import ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.trainer import Trainer
@@ -65,6 +65,7 @@ def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
         raise OpdError(
             f"checkpoint {path}: made with run.seed={content['seed']}, not {seed}; set that seed, or another run.dir"
         )
+    check_readable(path, "checkpoint.resume")
     return int(content["state"]["step"])
 
 

@@ -12,11 +12,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import megatron.core
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,6 +29,7 @@ from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.types import OpdError
 
+_WITHOUT_COMMON_FILE = Version("0.19")
 CHECKPOINT_VERSION = 3.0  # query, key and value rows interleaved by group
 _PROJECTION = "self_attention.linear_proj.weight"
 
@@ -114,7 +117,17 @@ def find_checkpoint(path: str, key: str) -> Path:
         ) from error
     if backend != "torch_dist":
         raise OpdError(f"{key}: {folder} has the format {backend}; save it again with --ckpt-format torch_dist")
+    check_readable(folder, key)
     return folder
+
+
+def check_readable(path: Path, key: str) -> None:
+    """Newer versions keep what is not a tensor in another file than older ones can read. Raises OpdError."""
+    if not (path / "common.pt").is_file() and Version(megatron.core.__version__) < _WITHOUT_COMMON_FILE:
+        raise OpdError(
+            f"{key}: {path} was saved by a newer Megatron (it has no common.pt); install megatron-core "
+            f"{_WITHOUT_COMMON_FILE} or newer in place of {megatron.core.__version__}"
+        )
 
 
 def check_weights(path: Path, spec: ModelSpec, key: str) -> None:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import megatron.core
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
+from packaging.version import Version
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
@@ -158,5 +160,9 @@ def test_checkpoint_of_another_model_is_refused_from_its_index(pool: WorkerPool,
         with pytest.raises(OpdError) as refusal:
             check_weights(path, model_spec(HFFolder(folder), ParallelConfig(), "student"), "student.load")
         assert all(word in str(refusal.value) for word in ["student.load", *words])
+    if Version(megatron.core.__version__) < Version("0.19"):
+        (path / "common.pt").unlink()
+        with pytest.raises(OpdError, match=r"student.load: .* newer Megatron .* install megatron-core 0.19"):
+            find_checkpoint(str(saved), "student.load")
     with pytest.raises(OpdError, match=r"student.load: .*not a torch_dist checkpoint"):
         find_checkpoint(str(tmp_path / "model"), "student.load")
