@@ -1,5 +1,6 @@
 # make demo    set up, then distil a tiny model end to end
 # make test    set up, then run the tests; test-slow: the long matrices; test-mcore-0.19: against megatron-core 0.19.2
+# make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
 # make check   lint, format, types, layers
 #
 # PYTHON       interpreter for a new virtual environment: 3.11 or 3.12
@@ -24,7 +25,9 @@ MCORE := .mcore-0.19
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-mcore-0.19 check
+SGLANG := .venv-sglang
+
+.PHONY: setup demo test test-slow test-mcore-0.19 sglang test-sglang check
 
 setup: $(INSTALLED)
 
@@ -54,6 +57,19 @@ $(MCORE)/.installed: $(INSTALLED)
 
 test-mcore-0.19: $(MCORE)/.installed
 	PYTHONPATH=$(abspath $(MCORE)) $(BIN)/python -m pytest $(ARGS)
+
+# SGLang pins what CUDA builds need; on CPU it runs without those, so it is installed without its dependencies.
+$(SGLANG)/.installed: megatron_opd/sglang/cpu/requirements.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(SGLANG)/bin/pip install --requirement $<
+	$(SGLANG)/bin/pip install --no-deps sglang==0.5.21 torchvision==0.28.0
+	@touch $@
+
+sglang: $(SGLANG)/.installed
+
+test-sglang: $(INSTALLED) $(SGLANG)/.installed
+	$(BIN)/python -m pytest -m sglang tests/sglang $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)

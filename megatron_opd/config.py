@@ -93,9 +93,17 @@ class SamplingConfig(_Section):
 
 
 class RolloutConfig(_Section):
-    backend: Literal["embedded"] = "embedded"
+    backend: Literal["embedded", "sglang"] = "embedded"  # sglang: servers in processes and an environment of their own
     sampling: SamplingConfig = SamplingConfig()
-    max_batch_size: int = Field(default=64, ge=1)  # sequences decoded at once on each rank
+    max_batch_size: int = Field(default=64, ge=1)  # sequences decoded at once on each rank, or at each server
+    engines: int = Field(default=1, ge=1)  # SGLang servers
+    tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each
+    python: str | None = None  # the interpreter of SGLang's environment; null: this one
+    host: str = "127.0.0.1"  # the interface that trainer and servers use; the cluster's for servers on other machines
+    startup_timeout: float = Field(default=600.0, gt=0)  # seconds
+    request_timeout: float = Field(default=600.0, gt=0)  # seconds for one response, one call, or one broadcast of weights
+    sync_bucket_bytes: int = Field(default=1 << 29, ge=1)  # of one broadcast of weights
+    sglang: dict[str, Any] = {}  # native ServerArgs fields, checked against the installed package
 
 
 class DataConfig(_Section):
@@ -394,6 +402,8 @@ def _check_combinations(config: Config) -> None:
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
+    if config.rollout.sglang and config.rollout.backend != "sglang":
+        raise OpdError("rollout.sglang: set, but rollout.backend is embedded; set rollout.backend=sglang or remove it")
     if config.optimizer.warmup_steps >= config.run.steps:
         raise OpdError(
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below run.steps={config.run.steps}; lower it"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.sglang.server import check_arguments
 from megatron_opd.types import OpdError, Prompt, Tokenizer
 
 
@@ -70,6 +72,8 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         specs.append(model_spec(folder, config.layouts[section], section))
         _check_weights(folder, specs[-1], section, found)
 
+    if config.rollout.backend == "sglang":
+        check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
     tokenizer = load_tokenizer(student.path)
     for folder, _ in frozen:
         if folder.path != student.path:

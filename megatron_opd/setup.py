@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,13 @@ from megatron_opd.monitoring.monitors import Monitors
 from megatron_opd.preflight import Inputs, dtype_of
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
+from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
-from megatron_opd.types import RolloutEngine, Scorer
+from megatron_opd.sglang.fleet import Fleet
+from megatron_opd.sglang.server import ServerSpec
+from megatron_opd.types import RolloutEngine, Scorer, WeightSync
+from megatron_opd.weight_sync.collective import CollectiveSync
 from megatron_opd.weight_sync.memory import MemorySync
 
 
@@ -38,14 +43,36 @@ class System:
     teacher: Scorer | None
     reference: Scorer | None
     trainer: Trainer
-    weight_sync: MemorySync | None
+    weight_sync: WeightSync | None
     monitors: Monitors
+    servers: Fleet | None  # of SGLang
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        if self.servers is not None:
+            self.servers.stop()
 
 
 def build_system(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> System:
-    trainer = _build_trainer(config, inputs, platform, layout)
     samples = config.mixture.student > 0 or config.eval is not None
-    engine = _build_engine(config, inputs, platform, inputs.student.path, load=False) if samples else None
+    servers = _start_servers(config, inputs, platform) if samples and config.rollout.backend == "sglang" else None
+    try:
+        return _build_parts(config, inputs, platform, layout, servers, samples=samples)
+    except BaseException:
+        if servers is not None:
+            servers.stop()
+        raise
+
+
+def _build_parts(
+    config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, servers: Fleet | None, *, samples: bool
+) -> System:
+    trainer = _build_trainer(config, inputs, platform, layout)
+    engine, weight_sync = None, None
+    if servers is not None:
+        engine, weight_sync = _reach_servers(config, inputs, platform, trainer, servers)
+    elif samples:
+        engine, weight_sync = _embed(config, inputs, platform, trainer)
     teacher_writes = config.mixture.teacher > 0 or (config.eval is not None and config.eval.teacher)
     return System(
         dataset=PromptDataset(inputs.prompts, config.run.seed),
@@ -55,9 +82,57 @@ def build_system(config: Config, inputs: Inputs, platform: Platform, layout: Par
         teacher=_build_teacher(config, inputs, platform, layout) if config.objective.needs_teacher else None,
         reference=_build_reference(config, inputs, platform, layout),
         trainer=trainer,
-        weight_sync=MemorySync(trainer, engine) if engine else None,
+        weight_sync=weight_sync,
         monitors=Monitors(config.monitors, config.rollout.sampling.max_new_tokens),
+        servers=servers,
     )
+
+
+def _embed(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer) -> tuple[RolloutEngine, WeightSync]:
+    engine = _build_engine(config, inputs, platform, inputs.student.path, load=False)
+    return engine, MemorySync(trainer, engine)
+
+
+def _start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet:
+    """They start while the models are built, with random weights: one that is never pushed shows."""
+    rollout = config.rollout
+    spec = ServerSpec(
+        python=rollout.python or sys.executable,
+        model=inputs.student.path,
+        tp=rollout.tp,
+        dtype=config.student.dtype,
+        device=platform.device.type,
+        host=rollout.host,
+        seed=config.run.seed,
+        arguments={"load_format": "dummy", **rollout.sglang},
+        log=Path(config.run.dir) / "sglang.log",
+    )
+    return Fleet(spec, rollout.engines)
+
+
+def _reach_servers(
+    config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet
+) -> tuple[RolloutEngine, WeightSync]:
+    rollout = config.rollout
+    endpoints = servers.wait_until_ready(rollout.startup_timeout)
+    engine = SGLangEngine(
+        endpoints,
+        inputs.tokenizer,
+        context=inputs.student_spec.max_positions,
+        vocab_size=inputs.student_spec.dims.vocab_size,
+        in_flight=rollout.max_batch_size,
+        timeout=rollout.request_timeout,
+    )
+    weight_sync = CollectiveSync(
+        trainer,
+        endpoints,
+        engine_tp=rollout.tp,
+        host=rollout.host,
+        backend=platform.backend,
+        bucket_bytes=rollout.sync_bucket_bytes,
+        timeout=rollout.request_timeout,
+    )
+    return engine, weight_sync
 
 
 def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Trainer:

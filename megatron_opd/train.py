@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def train(config: Config, platform: Platform) -> None:
         inputs = _verify_resume(config, prepare(config, platform, dist.get_world_size()))
         layout = init_layout(config.student.parallel, config.run.seed)
         system = build_system(config, inputs, platform, layout)
-        with Reporter(config, inputs.resume_step, rank=dist.get_rank()) as reporter:
+        with closing(system), Reporter(config, inputs.resume_step, rank=dist.get_rank()) as reporter:
             with Saver(config, system.trainer, reporter) as saver:
                 state = _run(config, inputs, system, reporter, saver)
             _finish(config, inputs, system, state, reporter)

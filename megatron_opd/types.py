@@ -267,8 +267,23 @@ class RolloutEngine(Protocol):
         """One rollout for each request, in the order of the requests."""
         ...
 
+
+class WeightReceiver(Protocol):
+    """An engine in this process."""
+
     def load_weights(self, weights: NamedTensors, version: int) -> None:
         """Take new weights by HF name; later rollouts carry ``version``. A missing or unknown name is an OpdError."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Brings the student's weights to its engine."""
+
+    def push(self, version: int) -> None:
+        """The student's current weights become the engine's; its later rollouts carry ``version``.
+
+        Collective over the world. Raises OpdError where the engine does not have them all afterwards.
+        """
         ...
 
 

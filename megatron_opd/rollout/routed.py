@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from megatron_opd.types import NamedTensors, Rollout, RolloutEngine, RolloutRequest, SamplingParams
+from megatron_opd.types import Rollout, RolloutEngine, RolloutRequest, SamplingParams
 
 
 class RoutedEngine:
@@ -22,6 +22,3 @@ class RoutedEngine:
                 own = replace(sampling, stop_ids=self.stop_ids[name])
                 rollouts.update(zip(places, engine.generate([requests[place] for place in places], own), strict=True))
         return [rollouts[place] for place in range(len(requests))]
-
-    def load_weights(self, weights: NamedTensors, version: int) -> None:
-        raise RuntimeError("teachers are frozen: no weights are loaded into them")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.trainer import Trainer
-from megatron_opd.types import RolloutEngine
+from megatron_opd.types import WeightReceiver
 
 
 class MemorySync:
     """Every rank holds a replica of the engine, so every rank consumes the whole stream."""
 
-    def __init__(self, trainer: Trainer, engine: RolloutEngine) -> None:
+    def __init__(self, trainer: Trainer, engine: WeightReceiver) -> None:
         self.trainer, self.engine = trainer, engine
 
     def push(self, version: int) -> None:

@@ -1,0 +1,206 @@
+"""One SGLang server: started in an environment of its own, watched until it is ready, and stopped with all of its processes."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from megatron_opd.types import OpdError
+
+_CPU_STAND_INS = Path(__file__).with_name("cpu")
+_LAST_LINES = 3  # of a log, in messages
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_OURS = {"model_path", "tp_size", "host", "port", "api_key", "dtype", "device", "skip_server_warmup", "random_seed"}
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to start."""
+
+    python: str  # interpreter of the environment that has sglang
+    model: Path
+    tp: int
+    dtype: str
+    device: str  # "cpu" | "cuda"
+    host: str  # the interface that it listens on
+    seed: int
+    arguments: Mapping[str, Any]  # native ServerArgs fields
+    log: Path
+
+
+class Server:
+    """A running server. Its processes end with this one, however this one ends."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        """Start it; :meth:`wait_until_ready` comes next. The API key is drawn here and known to nobody else."""
+        self.spec = spec
+        self.port = _free_port(spec.host)
+        self.url = f"http://{spec.host}:{self.port}"
+        self.api_key = secrets.token_urlsafe(24)
+        spec.log.parent.mkdir(parents=True, exist_ok=True)
+        with spec.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(spec),
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def _command(self) -> list[str]:
+        spec = self.spec
+        given = {
+            "model_path": str(spec.model),
+            "tp_size": spec.tp,
+            "host": spec.host,
+            "port": self.port,
+            "api_key": self.api_key,
+            "dtype": spec.dtype,
+            "device": spec.device,
+            "random_seed": spec.seed,
+            "skip_server_warmup": True,
+            **(_CPU_ARGUMENTS if spec.device == "cpu" else {}),
+            **spec.arguments,
+        }
+        command = [spec.python, "-m", "sglang.launch_server"]
+        for name, value in given.items():
+            option = "--" + name.replace("_", "-")
+            if value is True:
+                command.append(option)
+            elif value is not False and value is not None:
+                command += [option, *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+        return command
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Raises OpdError with the end of its log where it ends, or is not ready after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        with httpx.Client(headers=headers, timeout=5.0) as client:
+            while True:
+                if not self.alive:
+                    raise OpdError(
+                        f"SGLang server {self.url}: ended while it started ({self.last_words()}); see {self.spec.log}"
+                    )
+                try:
+                    if client.get(f"{self.url}/health").status_code == httpx.codes.OK:
+                        return
+                except httpx.HTTPError:
+                    pass
+                if time.monotonic() > deadline:
+                    self.stop()
+                    raise OpdError(
+                        f"SGLang server {self.url}: not ready after {timeout:.0f} s ({self.last_words()}); see {self.spec.log} "
+                        "or raise rollout.startup_timeout"
+                    )
+                time.sleep(0.5)
+
+    @property
+    def pid(self) -> int:
+        """Of the first process, and of the group of all of them."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def last_words(self) -> str:
+        lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.spec.log.exists() else []
+        said = [line.strip() for line in lines if line.strip()]
+        return " | ".join(said[-_LAST_LINES:]) or "no output"
+
+    def stop(self) -> None:
+        """End all of its processes, at once: there is nothing in them to save."""
+        if self.alive:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+# The attention backend and the sizes that run on a laptop; a user's own values come after them.
+_CPU_ARGUMENTS: dict[str, Any] = {
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "max_total_tokens": 16384,
+    "mem_fraction_static": 0.3,
+    "sleep_on_idle": True,
+}
+
+
+def _environment(spec: ServerSpec) -> dict[str, str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # torchrun's variables would make the server's ranks join ours.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"):
+        environment.pop(name, None)
+    if spec.device == "cpu":
+        cores = os.cpu_count() or 1
+        environment |= {
+            "PYTHONPATH": str(_CPU_STAND_INS),
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank % cores) for rank in range(spec.tp)),
+        }
+    return environment
+
+
+def check_arguments(python: str, arguments: Mapping[str, Any]) -> None:
+    """``rollout.sglang`` names fields of the installed ServerArgs. Imports nothing. Raises OpdError."""
+    source = _sglang_folder(python)
+    known = _fields(source / "srt" / "server_args.py")
+    for file in (source / "srt" / "arg_groups" / "fields").glob("*.py"):  # from 0.5.21 on
+        known |= _fields(file)
+    for name in arguments:
+        if name in _OURS:
+            raise OpdError(f"rollout.sglang.{name}: set by the run itself; remove it")
+        if name not in known:
+            raise OpdError(f"rollout.sglang.{name}: not a field of the ServerArgs in {source}; remove it")
+
+
+def _sglang_folder(python: str) -> Path:
+    query = "import importlib.util as u; s = u.find_spec('sglang'); print(s.origin if s else '')"
+    try:
+        found = subprocess.run([python, "-c", query], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise OpdError(
+            f"rollout.python: {python} cannot be run ({error}); give the interpreter of SGLang's environment"
+        ) from error
+    if not found:
+        raise OpdError(
+            f"rollout.python: {python} has no package sglang; install sglang==0.5.21 there, or give another interpreter"
+        )
+    return Path(found).parent
+
+
+def _fields(file: Path) -> set[str]:
+    classes = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ClassDef))
+    return {
+        statement.target.id
+        for each in classes
+        for statement in each.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """In the server's first process; its others end with it by SGLang's own doing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
