@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,28 @@ from torch.nn import Parameter
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD
-from megatron_opd.mcore.model import HiddenStateModel, build_model, load_pretrained, model_spec, transformer_config
+from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, frozen_layout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_only
 from megatron_opd.types import PackedBatch
+
+
+def build_frozen(
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    layout: ParallelLayout,
+    platform: Platform,
+    dtype: torch.dtype,
+    native: dict[str, Any] | None = None,
+) -> tuple[HiddenStateModel, ...]:
+    """This rank's chunks without an LM head and without weights; nothing in them asks for a gradient."""
+    config = transformer_config(spec, parallel, platform, dtype, native or {})
+    chunks = build_model(spec, config, layout, platform, with_head=False)
+    for chunk in chunks:
+        chunk.eval()
+        chunk.requires_grad_(False)
+    return chunks
 
 
 class FrozenModel:
@@ -49,12 +67,8 @@ class FrozenModel:
         self.student, self.platform, self.dtype = student, platform, dtype
         self.layout = frozen_layout(parallel, student, section)
         self.spec = model_spec(folder, parallel, section)
-        config = transformer_config(self.spec, parallel, platform, dtype, native={})
-        self.chunks = build_model(self.spec, config, self.layout, platform, with_head=False)
+        self.chunks = build_frozen(self.spec, parallel, self.layout, platform, dtype)
         load_pretrained(self.chunks, self.spec, folder, self.layout)
-        for chunk in self.chunks:
-            chunk.eval()
-            chunk.requires_grad_(False)
         self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], on the student's last stage only
         if student.is_last_stage:
             rows = student_padded_vocab // student.tp_size
