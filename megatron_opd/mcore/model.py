@@ -29,7 +29,7 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError, PackedBatch
 
 _VOCAB_MULTIPLE = 128  # as Megatron-LM pads
-_RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
+RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
 _EXACT_ROPE = ("default", "linear", "llama3")  # kinds that are a change of the inverse frequencies alone
 
 
@@ -194,7 +194,7 @@ def transformer_config(
             raise OpdError(f"student.megatron.{name}: not a field of the installed TransformerConfig; remove it")
         if name in derived:
             raise OpdError(f"student.megatron.{name}: follows from the model and student.parallel; remove it")
-    unavailable = _RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
+    unavailable = RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
     if unavailable and not platform.transformer_engine:
         raise OpdError(
             f"student.megatron.recompute_modules: {', '.join(sorted(unavailable))} cannot be recomputed without "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +83,7 @@ def step_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -
 def run_step(trainer: Trainer, batches: list[PackedBatch], scores: list[FrozenScores], states: list[Tensor]) -> tuple[int, int]:
     """Bytes that autograd kept, and bytes that the passes made, each at the most."""
     states += [each for score in scores for each in (score.hidden, score.lm_head) if each is not None]
+    gc.collect()  # tensors in cycles are freed when the collector comes: let that not depend on what ran before
     saved, live = SavedBytes(states), LiveBytes(states)
     with live, saved.watching():
         trainer.accumulate_gradients(batches, scores, scores)
