@@ -63,6 +63,7 @@ class ParallelConfig(_Section):
 class StudentConfig(_Section):
     model: str  # an HF folder, or a hub name
     init: Literal["pretrained", "random"] = "pretrained"  # random: config.json alone is read (warm start of tiny models)
+    load: str | None = None  # a checkpoint of Megatron-LM; its weights in place of those in `model`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     parallel: ParallelConfig = ParallelConfig()
     offload: bool = False  # parameters and optimizer state wait in host memory during rollouts; gradients are freed
@@ -73,12 +74,14 @@ class StudentConfig(_Section):
 class TeacherConfig(_Section):
     backend: Literal["megatron", "sglang"] = "megatron"  # megatron: full vocabulary; sglang: scores of given tokens only
     model: str
+    load: str | None = None  # a checkpoint of Megatron-LM; its weights in place of those in `model`
     parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
     offload: bool = False  # the weights wait in host memory while the model does not score
 
 
 class ReferenceConfig(_Section):
     model: str | None = None  # null: the initial student
+    load: str | None = None  # a checkpoint of Megatron-LM; its weights in place of those in `model`
     parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
     offload: bool = False  # the weights wait in host memory while the model does not score
 
@@ -167,6 +170,7 @@ class CheckpointConfig(_Section):
     every: int = Field(default=50, ge=1)
     keep: int = Field(default=3, ge=1)
     resume: Literal["auto", "never"] = "auto"
+    async_save: bool = True  # processes beside the training write; false: the training waits
 
 
 class EvalConfig(_Section):
@@ -199,6 +203,14 @@ class Config(_Section):
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By name; a single one has the name ""."""
         return {"": self.teacher} if self.teacher is not None else self.teachers
+
+    @property
+    def megatron_checkpoints(self) -> dict[str, str]:
+        """Where Megatron-LM's own weights are taken from, by section."""
+        own = {"student": self.student.load, **{teacher_key(name): each.load for name, each in self.all_teachers.items()}}
+        if self.reference is not None:
+            own["reference"] = self.reference.load or (None if self.reference.model else self.student.load)
+        return {section: path for section, path in own.items() if path is not None}
 
     @property
     def layouts(self) -> dict[str, ParallelConfig]:
@@ -402,6 +414,14 @@ def _check_combinations(config: Config) -> None:
             f"loss.position_weight: {loss.position_weight} needs whole responses, but student.parallel.cp={parallel.cp} slices "
             "them; set cp=1 or position_weight=0"
         )
+    if config.student.init == "random" and config.student.load:
+        raise OpdError(f"student.load: {config.student.load}, but student.init=random; remove one of the two")
+    for name, teacher in config.all_teachers.items():
+        if teacher.load and (mixture.teacher or (config.eval is not None and config.eval.teacher)):
+            raise OpdError(
+                f"{teacher_key(name)}.load: {teacher.load} only gives scores, but the teacher shall write too; "
+                "set mixture.teacher=0 and eval.teacher=false, or convert it to a Hugging Face folder"
+            )
     if config.student.init == "random" and (mixture.student or mixture.teacher):
         raise OpdError(
             "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"

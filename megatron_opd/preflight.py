@@ -15,7 +15,9 @@ from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
-from megatron_opd.mcore.checkpoint import check_checkpoint, latest_checkpoint
+from megatron_opd.mcore.checkpoint import check_checkpoint
+from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
+from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
@@ -35,6 +37,7 @@ class Inputs:
     stop_ids: tuple[int, ...]  # that end a rollout of the student
     teacher_stop_ids: dict[str, tuple[int, ...]]
     stop_class: tuple[int, ...]  # the end tokens of student and teachers
+    megatron_checkpoints: dict[str, Path]  # by section: weights that Megatron-LM saved, in place of the folder's
     prompts: list[Prompt]
     heldout: list[Prompt]
     loss_vocab_size: int  # ids that student, teacher and reference share
@@ -90,10 +93,11 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     """Check the whole run. Raises OpdError."""
     models = check_models(config, platform, world_size)
     student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
+    found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
     if config.student.init == "pretrained":
-        student.check_tensors()
-    for folder in models.frozen.values():
-        folder.check_tensors()
+        _check_weights(student, models.student_spec, "student", found)
+    for section, folder in models.frozen.items():
+        _check_weights(folder, models.frozen_specs[section], section, found)
 
     tokenizer = load_tokenizer(student.path)
     for folder in models.frozen.values():
@@ -118,6 +122,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         stop_ids=stop_class if config.objective.merge_stop_class else own_stops,
         teacher_stop_ids=teacher_stops,
         stop_class=stop_class,
+        megatron_checkpoints=found,
         prompts=prompts,
         heldout=heldout,
         loss_vocab_size=vocab_size,
@@ -165,6 +170,13 @@ def axes(parallel: ParallelConfig, world_size: int) -> str:
     sizes["dp"] = world_size // parallel.model_parallel_size
     shown = " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "vpp" or size > 1)
     return shown + (" with sequence parallelism" if parallel.sequence_parallel else "")
+
+
+def _check_weights(folder: HFFolder, spec: ModelSpec, section: str, megatron: dict[str, Path]) -> None:
+    if section in megatron:
+        check_weights(megatron[section], spec, f"{section}.load")
+    else:
+        folder.check_tensors()
 
 
 def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFolder], HFFolder | None]:
@@ -250,8 +262,14 @@ def _resume(config: Config, spec: ModelSpec) -> tuple[Path | None, int]:
         probe.unlink(missing_ok=True)  # another rank may have probed just now
     except OSError as error:
         raise OpdError(f"run.dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from error
-    latest = latest_checkpoint(run_dir / "checkpoints")
+    folder = run_dir / "checkpoints"
+    latest = latest_checkpoint(folder)
     if latest is None:
+        if damaged := checkpoints(folder):
+            raise OpdError(
+                f"checkpoint.resume: every checkpoint in {folder} is damaged (in {damaged[0].name}, {damage(damaged[0])}); "
+                "restore one, or delete them to start anew"
+            )
         return None, 0
     if config.checkpoint.resume == "never":
         raise OpdError(f"checkpoint.resume: never, but {latest} exists; choose another run.dir or delete it")

@@ -101,6 +101,11 @@ class Reporter:
         if state.step % _SAMPLES_EVERY == 0 or state.step in (1, self.config.run.steps):
             write_samples(self.run_dir, state.step, rollouts, correctness(rollouts), _SAMPLED_PROMPTS)
 
+    def warn(self, line: str) -> None:
+        """Something went wrong that does not stop the run."""
+        if self.active:
+            self.console.message(f"warning: {line}")
+
     def finish(self, state: TrainState, checkpoint: Path | None, export: Path) -> None:
         """The summary: accuracies, where everything lies."""
         if not self.active:

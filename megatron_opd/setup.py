@@ -12,6 +12,7 @@ from megatron_opd.data.mixture import Mixture
 from megatron_opd.data.prompts import PromptDataset
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
+from megatron_opd.mcore.megatron_lm import load_megatron_lm
 from megatron_opd.mcore.model import build_model, dtype_of, load_pretrained, load_random
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
@@ -63,6 +64,8 @@ def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: P
     chunks = build_model(inputs.student_spec, inputs.student_config, layout, platform)
     if config.student.init == "random":
         load_random(chunks, inputs.student_spec, layout, config.run.seed)
+    elif "student" in inputs.megatron_checkpoints:
+        load_megatron_lm(chunks, inputs.megatron_checkpoints["student"], "student.load")
     else:
         load_pretrained(chunks, inputs.student_spec, inputs.student, layout)
     return Trainer(
@@ -105,7 +108,10 @@ def _build_scorer(
 ) -> Scorer:
     padded, dtype = inputs.student_spec.dims.padded_vocab_size, dtype_of(config)
     parallel = config.layouts[section]
-    return MegatronScorer(FrozenModel(folder, section, parallel, layout, platform, dtype, padded, offload=offload))
+    checkpoint = inputs.megatron_checkpoints.get(section)
+    return MegatronScorer(
+        FrozenModel(folder, section, parallel, layout, platform, dtype, padded, checkpoint=checkpoint, offload=offload)
+    )
 
 
 def _build_teacher_engine(config: Config, inputs: Inputs, platform: Platform) -> RoutedEngine:

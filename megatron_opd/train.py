@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +15,8 @@ from megatron_opd.config import Config
 from megatron_opd.data.packing import Multiples, context_slice, pack, padding_share
 from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
-from megatron_opd.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
+from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified
 from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
@@ -21,10 +24,12 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import Inputs, prepare
 from megatron_opd.reporter import Reporter
 from megatron_opd.rollout.collect import collect
+from megatron_opd.saver import Saver
 from megatron_opd.setup import System, build_system
 from megatron_opd.types import (
     Alarm,
     FrozenScores,
+    OpdError,
     PackedBatch,
     RolloutEngine,
     RunStopped,
@@ -42,16 +47,18 @@ def train(config: Config, platform: Platform) -> None:
     """
     init_process_group(platform)
     try:
-        inputs = prepare(config, platform, dist.get_world_size())
+        inputs = _verify_resume(config, prepare(config, platform, dist.get_world_size()))
         layout = init_layout(config.student.parallel, config.run.seed)
         system = build_system(config, inputs, platform, layout)
         with Reporter(config, inputs.resume_step, rank=dist.get_rank()) as reporter:
-            _run(config, inputs, system, reporter)
+            with Saver(config, system.trainer, reporter) as saver:
+                state = _run(config, inputs, system, reporter, saver)
+            _finish(config, inputs, system, state, reporter)
     finally:
         dist.destroy_process_group()
 
 
-def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> None:
+def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, saver: Saver) -> TrainState:
     trainer, layout = system.trainer, system.trainer.layout
     state = TrainState()
     if inputs.resume:
@@ -97,11 +104,12 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter) -> 
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
             record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)
-        _stop_if_needed(config, state, alarms, system)
-        moved = state.step > state.skipped_steps  # before the first real step there is no optimizer state, and nothing to lose
-        if moved and (state.step % config.checkpoint.every == 0 or state.step == config.run.steps):
-            _save(config, system, state)
-    _finish(config, inputs, system, state, reporter)
+        state.monitors = system.monitors.state_dict()
+        saver.poll()
+        _stop_if_needed(config, state, alarms, saver)
+        if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
+            saver.save(state)
+    return state
 
 
 def _score(scorer: Scorer | None, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
@@ -116,24 +124,33 @@ def _count_skips(state: TrainState, stats: StepStats) -> None:
     state.consecutive_skips = state.consecutive_skips + 1 if stats.skipped else 0
 
 
-def _stop_if_needed(config: Config, state: TrainState, alarms: Sequence[Alarm], system: System) -> None:
+def _stop_if_needed(config: Config, state: TrainState, alarms: Sequence[Alarm], saver: Saver) -> None:
     """Raises RunStopped, after a checkpoint where the weights are still good."""
-    folder = Path(config.run.dir) / "checkpoints"
     if state.consecutive_skips >= config.run.max_skipped_steps:
         raise RunStopped(
             f"step {state.step}: {state.consecutive_skips} steps in a row had a non-finite loss or gradient; the checkpoints "
-            f"in {folder} are intact; lower optimizer.lr, or look at the last samples"
+            f"in {saver.folder} are intact; lower optimizer.lr, or look at the last samples"
         )
     stops = [alarm for alarm in alarms if alarm.level == "stop"]
     if stops:
-        saved = _save(config, system, state)
-        raise RunStopped(f"step {state.step}: {stops[0].message}; saved {saved}")
+        saver.save(state)
+        saver.finish()
+        raise RunStopped(f"step {state.step}: {stops[0].message}; the last checkpoint is {latest_checkpoint(saver.folder)}")
 
 
-def _save(config: Config, system: System, state: TrainState) -> Path:
-    state.monitors = system.monitors.state_dict()
+def _verify_resume(config: Config, inputs: Inputs) -> Inputs:
+    """The newest checkpoint with the right content instead of the newest of the right size. Raises OpdError where none is."""
+    if inputs.resume is None:
+        return inputs
     folder = Path(config.run.dir) / "checkpoints"
-    return save_checkpoint(folder, system.trainer, state, config.run.seed, config.checkpoint.keep)
+    path, skipped = newest_verified(folder)
+    if path is None:
+        raise OpdError(
+            f"checkpoint.resume: none in {folder} is whole ({skipped[0]}); restore one, or delete them to start anew"
+        )
+    if skipped and dist.get_rank() == 0:
+        print("\n".join(f"megatron-opd: {line}" for line in skipped), file=sys.stderr)
+    return replace(inputs, resume=path, resume_step=check_checkpoint(path, inputs.student_spec, config.run.seed))
 
 
 def _evaluate_start(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:

@@ -110,7 +110,7 @@ def heldout_is_trained_on(folder: Path, _config: dict[str, Any]) -> None:
 
 
 def checkpoint_of_another_model(folder: Path, _config: dict[str, Any]) -> None:
-    saved = folder / "run" / "checkpoints" / "step_00000002"
+    saved = folder / "run" / "checkpoints" / "iter_0000002"
     saved.mkdir(parents=True)
     model = {"architecture": "Qwen3ForCausalLM", "num_hidden_layers": 9}
     (saved / "state.json").write_text(json.dumps({"model": model, "seed": 17, "state": {"step": 2}}))
@@ -119,6 +119,16 @@ def checkpoint_of_another_model(folder: Path, _config: dict[str, Any]) -> None:
 def run_dir_is_a_file(folder: Path, config: dict[str, Any]) -> None:
     (folder / "occupied").write_text("")
     config["run"]["dir"] = str(folder / "occupied")
+
+
+def damaged_checkpoint(folder: Path, _config: dict[str, Any]) -> None:
+    saved = folder / "run" / "checkpoints" / "iter_0000002"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"files": {"common.pt": [100, ""]}}))
+
+
+def load_from(section: str) -> Change:
+    return lambda folder, config: config[section].update(load=str(folder / "student"))
 
 
 CASES: dict[str, tuple[Change, list[str]]] = {
@@ -211,7 +221,11 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "fewer prompts than a step takes": (put("data.prompts_per_step", 100), ["data.prompts_per_step", "100", "60"]),
     "held-out prompts are trained on": (heldout_is_trained_on, ["eval.prompts", "trained on"]),
-    "checkpoint of another model": (checkpoint_of_another_model, ["step_00000002", "num_hidden_layers", "9", "run.dir"]),
+    "damaged checkpoint": (damaged_checkpoint, ["checkpoint.resume", "iter_0000002, common.pt is missing", "delete them"]),
+    "load without a checkpoint": (load_from("student"), ["student.load", "not a torch_dist checkpoint", "iter_"]),
+    "random and loaded": (both(put("student.init", "random"), load_from("student")), ["student.load", "student.init=random"]),
+    "loaded teacher that writes": (load_from("teacher"), ["teacher.load", "mixture.teacher=0", "eval.teacher=false"]),
+    "checkpoint of another model": (checkpoint_of_another_model, ["iter_0000002", "num_hidden_layers", "9", "run.dir"]),
     "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
     "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),
     "derived Megatron field": (put("student.megatron", {"hidden_size": 8}), ["student.megatron.hidden_size"]),

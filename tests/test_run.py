@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path
 
 def test_old_checkpoints_are_deleted(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, _, _ = uninterrupted
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    left = ["iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt"]
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == left
 
 
 def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
@@ -101,8 +103,11 @@ def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Pat
     killed = {**config, "run": {**config["run"], "name": "killed", "dir": str(run_dir)}}
     process = runs.start(folder, killed)
     runs.kill_after_step(process, run_dir, step=3)  # the last checkpoint is that of step 2, or of step 4 if the kill was slow
+    torn = run_dir / "checkpoints" / ".iter_0000008.partial"
+    torn.mkdir()
     result = runs.run(folder, killed)
     assert result.returncode == 0, result.stderr
+    assert not torn.exists()
 
     expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
@@ -110,6 +115,60 @@ def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Pat
         for name in one:
             if not name.startswith(TIMINGS):
                 assert one[name] == other[name], (one["step"], name)
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    run_dir = folder / "damaged"
+    damaged = {**config, "run": {**config["run"], "name": "damaged", "dir": str(run_dir)}}
+    shutil.copytree(folder / "run", run_dir)
+    largest = max((run_dir / "checkpoints" / "iter_0000006").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[-100] ^= 1
+    largest.write_bytes(content)
+    result = runs.run(folder, damaged)
+    assert result.returncode == 0, result.stderr
+    assert f"the content of {largest.name} has changed; left out" in result.stderr
+    expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_run_that_cannot_save_warns_and_then_stops(uninterrupted: tuple[Path, dict[str, Any], str], asynchronous: bool) -> None:
+    folder, config, _ = uninterrupted
+    run_dir = folder / f"full-{asynchronous}"
+    full = {**config, "run": {**config["run"], "name": "full", "dir": str(run_dir)}}
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("")  # a file where the folder must be
+    full["checkpoint"] = {"every": 1, "async_save": asynchronous}
+    result = runs.run(folder, {**full, "eval": None})
+    assert result.returncode == 1
+    for step in (1, 2):
+        assert f"warning: step {step}: checkpoint not saved (Not a directory" in result.stdout
+    assert "step 3: checkpoint not saved" in result.stderr and "start again" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [record["step"] for record in runs.metrics(run_dir)] == [1, 2, 3]
+
+
+def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    student = folder / "without-weights"
+    shutil.copytree(folder / "student", student, ignore=shutil.ignore_patterns("*.safetensors"))
+    checkpoint = str(folder / "run" / "checkpoints")
+    loaded = {**config, "run": {"name": "loaded", "dir": str(folder / "loaded"), "steps": 1}, "eval": None}
+    loaded["student"] = {**config["student"], "model": str(student), "load": checkpoint, "parallel": {"pp": 2}}
+    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}}
+    loaded["mixture"] = {"student": 2, "teacher": 0, "gold": 1}
+    loaded["optimizer"] = {"lr": 1.0e-3, "warmup_steps": 0}
+    result = runs.run(folder, loaded)
+    assert result.returncode == 0, result.stderr
+    first = runs.metrics(folder / "loaded")[0]
+    assert first["policy/engine_gap_max"] < 1e-4  # nats: the rollouts' weights, pushed by HF names, are those of the trainer
+    assert abs(first["loss/reference_kl"]) < 1e-6  # the initial student is what was loaded
+    assert abs(first["policy/advantage"]) < 1e-6  # and so is the teacher
+    exported, trained = (load_file(folder / name / "hf" / "model.safetensors") for name in ("loaded", "run"))
+    moved = max(float((exported[name] - trained[name]).abs().max()) for name in trained)
+    assert 0 < moved < 5e-3  # one step at a learning rate of 1e-3 from the weights that were saved
 
 
 def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
@@ -126,7 +185,7 @@ def test_run_of_non_finite_steps_stops_with_its_checkpoints_intact(tmp_path: Pat
     config["student"]["parallel"] = {}
     assert runs.run(tmp_path, config, "run.steps=3", "optimizer.warmup_steps=1").returncode == 0
     intact = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert intact == {"step_00000002", "step_00000003"}
+    assert intact == {"iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"}
     ruinous = "optimizer.lr=1e38"  # the first step from here makes weights whose products overflow
     result = runs.run(tmp_path, config, ruinous, "run.max_skipped_steps=2", "run.steps=9", "checkpoint.every=9")
     assert result.returncode == 1

@@ -12,7 +12,7 @@ _NOTES = (
     "parameters, gradients, optimizer, frozen weights: as the run's own Megatron objects allocate them; exact",
     "activations, work: measured on those modules; attention, norms and SwiGLU count as the GPU's fused kernels",
     "loss, engine, full micro-batches of the longest sequences: upper bounds",
-    "not counted: prefill of the engine, temporaries of the optimizer's kernels",
+    "not counted: prefill of the engine, temporaries of the optimizer, host copies of a checkpoint being written",
 )
 
 

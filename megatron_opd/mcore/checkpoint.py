@@ -1,17 +1,12 @@
-"""Checkpoints of the whole training state in Megatron's torch_dist format, reshardable over TP, PP and DP.
-
-A checkpoint is a folder ``step_00000050`` that appears by one rename when everything in it is written; a run that is killed
-while saving leaves the earlier ones as they were. ``state.json`` beside the tensors holds what is not a tensor.
-"""
+"""Checkpoints of the whole training state in Megatron-LM's torch_dist layout, reshardable over TP, PP, CP, EP and DP."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import re
-import shutil
+import inspect
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -19,20 +14,24 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_opd.mcore.checkpoint_files import CheckpointWrite, RankWriter, checkpoint_name, read_state, root_cause
+from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION, arguments, check_readable
 from megatron_opd.mcore.model import ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.types import DataCursor, OpdError, RunStopped, TrainState
 
-_STATE = "state.json"
-_NAME = re.compile(r"step_(\d{8})")
 # Megatron's default format of the distributed optimizer cannot be resharded over TP and PP.
-_OPTIMIZER_FORMAT = {
+_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own for ep > 1 only
+    "singleton_local_shards": False,
 }
+# 0.19 would have an extension write; the writer that both versions have is Megatron's own.
+_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 # What the config of the resumed run decides: Megatron would restore it from the checkpoint, and ignore a lowered learning rate.
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
 
@@ -52,17 +51,9 @@ def identity(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    if not folder.is_dir():
-        return None
-    whole = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _STATE).is_file())
-    return whole[-1] if whole else None
-
-
 def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
     """The step of a checkpoint that this run may continue. Raises OpdError where it belongs to another model or seed."""
-    content = _read_state(path)
+    content = read_state(path)
     for key, wanted in identity(spec).items():
         found = content["model"].get(key)
         if found != wanted:
@@ -74,41 +65,72 @@ def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
         raise OpdError(
             f"checkpoint {path}: made with run.seed={content['seed']}, not {seed}; set that seed, or another run.dir"
         )
+    check_readable(path, "checkpoint.resume")
     return int(content["state"]["step"])
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int, keep: int) -> Path:
-    """Write the state after ``state.step`` steps; keep the newest ``keep`` checkpoints. Collective over all ranks."""
+def start_checkpoint(folder: Path, trainer: Trainer, state: TrainState, seed: int, keep: int) -> CheckpointWrite:
+    """Begin to write the state after ``state.step`` steps, of which the newest ``keep`` are kept. Collective over all ranks.
+
+    Training may go on at once: what is written is the state as it is now. Raises SaveFailed on all ranks where a file cannot
+    be written; RunStopped where the weights are not worth it.
+    """
     trainer.complete_parameters()
     _check_finite(trainer, state.step)
-    target = folder / f"step_{state.step:08d}"
-    partial = folder / f".{target.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(trainer, loading=False), str(partial))
-    if dist.get_rank() == 0:
-        content = {
-            "state": dataclasses.asdict(state),
-            "model": identity(trainer.spec),
-            "seed": seed,
-            "layout": _layout(trainer.layout),
-            "learning_rates": {key: trainer.optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")},
-        }
-        (partial / _STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)  # the same step of an earlier, resumed run
-        partial.rename(target)
-        whole = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-        for path in whole[:-keep]:
-            shutil.rmtree(path)
-    dist.barrier()
-    return target
+    content = {
+        "state": dataclasses.asdict(state),
+        "model": identity(trainer.spec),
+        "seed": seed,
+        "layout": _layout(trainer.layout),
+        "learning_rates": {key: trainer.optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")},
+    }
+    return CheckpointWrite(
+        folder / checkpoint_name(state.step), lambda partial: _prepare(partial, trainer, state.step), content, keep
+    )
+
+
+def _prepare(partial: Path, trainer: Trainer, step: int) -> RankWriter:
+    """Plan the files over all ranks and copy to host memory what is not there yet; Megatron's own two-part save."""
+    request = dist_checkpointing.save(
+        {
+            "args": arguments(trainer.spec, trainer.chunks[0].config, trainer.layout, step),
+            "checkpoint_version": CHECKPOINT_VERSION,
+            "iteration": step,
+            **_sharded_state(trainer, loading=False),
+        },
+        str(partial),
+        async_sharded_save=True,
+        content_metadata=_METADATA,
+        **_WRITER,
+    )
+
+    def complete(result: object) -> None:
+        if request.async_fn is not None:
+            request.async_fn_args[2].put(result)  # where Megatron looks for it
+        for function in request.finalize_fns:
+            function()
+
+    if request.async_fn is None:  # everything on this rank is a replica
+        return RankWriter(lambda: ([], None), complete)
+    rank, buckets, _ = request.async_fn_args
+    files = [Path(file) for file, *_ in buckets]
+    if request.preload_fn is not None:
+        buckets = request.preload_fn()
+
+    def write() -> tuple[list[Path], object]:
+        results: SimpleQueue[object] = SimpleQueue()
+        request.async_fn(rank, buckets, results, **request.async_fn_kwargs)
+        result = results.get()
+        if isinstance(result, Exception):
+            raise result
+        return files, result
+
+    return RankWriter(write, complete)
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
     """Restore model, optimizer, schedule and random states. Collective over all ranks. Raises OpdError."""
-    content = _read_state(path)
+    content = read_state(path)
     same_layout = content["layout"] == _layout(trainer.layout)
     configured = [{key: group[key] for key in _CONFIGURED} for group in trainer.optimizer.param_groups]
     for group in trainer.optimizer.param_groups:
@@ -119,10 +141,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
     own_groups = [copy.deepcopy(part["optimizer"]) for part in _optimizers(wanted, trainer)] if _has_experts(trainer) else []
     try:
         loaded = dist_checkpointing.load(wanted, str(path))
-    except Exception as error:  # Megatron and torch raise many kinds for a damaged checkpoint
-        raise OpdError(
-            f"checkpoint {path}: cannot be loaded ({' '.join(str(error).split())}); delete it to use the one before"
-        ) from error
+    except (Exception, CheckpointException) as error:  # Megatron and torch raise many kinds for a damaged checkpoint
+        raise OpdError(f"checkpoint {path}: cannot be loaded ({root_cause(error)}); delete it to use the one before") from error
     for chunk, key in zip(trainer.chunks, _model_keys(trainer), strict=True):
         chunk.load_state_dict(loaded[key])
     if own_groups:
@@ -130,7 +150,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     for group, values in zip(trainer.optimizer.param_groups, configured, strict=True):
         group.update(values)
-    trainer.schedule.load_state_dict(loaded["schedule"])  # sets this step's learning rate and weight decay
+    trainer.schedule.load_state_dict(loaded["opt_param_scheduler"])  # sets this step's learning rate and weight decay
     if same_layout:
         torch.set_rng_state(loaded["random"]["torch"])
         get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
@@ -155,8 +175,8 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     random_states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     return {
         **model,
-        "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT),
-        "schedule": trainer.schedule.state_dict(),
+        "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+        "opt_param_scheduler": trainer.schedule.state_dict(),
         "random": ShardedObject(
             "random",
             random_states,
@@ -202,13 +222,3 @@ def _regroup(loaded: dict[Any, Any], own_groups: list[dict[str, Any]]) -> dict[A
 def _layout(layout: ParallelLayout) -> dict[str, int]:
     sizes = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "dp": layout.dp, "ep": layout.ep}
     return {name: group.size() for name, group in sizes.items()}
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OpdError(
-            f"checkpoint {path}: {_STATE} cannot be read; delete this folder to use the checkpoint before"
-        ) from error
-    return content

@@ -314,7 +314,7 @@ def _fused_adam() -> None:
 def _checkpoint_results_queue() -> None:
     """The checkpoint writer gets its results through a spawned manager process, which imports torch and the main module again.
 
-    Our saves are synchronous, so a queue inside the process will do.
+    Ours come through a pipe, so a queue inside the process will do.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

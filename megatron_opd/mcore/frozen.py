@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD
+from megatron_opd.mcore.megatron_lm import load_head, load_megatron_lm
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, frozen_layout
 from megatron_opd.mcore.platform import Platform
@@ -54,6 +56,7 @@ class FrozenModel:
         dtype: torch.dtype,
         student_padded_vocab: int,
         *,
+        checkpoint: Path | None = None,
         offload: bool = False,
     ) -> None:
         """Collective over the world.
@@ -61,6 +64,7 @@ class FrozenModel:
         Args:
             section: of the config, named in errors.
             parallel: the model's own, on all of the student's ranks.
+            checkpoint: of Megatron-LM, whose weights are taken in place of those in ``folder``.
             student_padded_vocab: the student's vocabulary rows over all of its tensor-parallel ranks.
             offload: the weights of the layers wait in host memory outside :meth:`on_device`.
         """
@@ -68,12 +72,18 @@ class FrozenModel:
         self.layout = frozen_layout(parallel, student, section)
         self.spec = model_spec(folder, parallel, section)
         self.chunks = build_frozen(self.spec, parallel, self.layout, platform, dtype)
-        load_pretrained(self.chunks, self.spec, folder, self.layout)
+        if checkpoint is None:
+            load_pretrained(self.chunks, self.spec, folder, self.layout)
+        else:
+            load_megatron_lm(self.chunks, checkpoint, f"{section}.load")
         self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], on the student's last stage only
-        if student.is_last_stage:
-            rows = student_padded_vocab // student.tp_size
+        rows = student_padded_vocab // student.tp_size
+        if checkpoint is not None:
+            head = load_head(checkpoint, self.spec, student.tp_rank, student.tp_size, rows, dtype)
+        elif student.is_last_stage:
             (name,) = EMBEDDING.hf if self.spec.dims.tied else LM_HEAD.hf
             head = folder.rows(name, student.tp_rank * rows, (student.tp_rank + 1) * rows)
+        if student.is_last_stage:
             self.lm_head = head.to(platform.device, dtype)
         self._waiting = [platform.to_host(parameter.data) for parameter in self.parameters()] if offload else None
         self._leave_device()

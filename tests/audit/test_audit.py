@@ -52,6 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     words = [str(number) for number in range(40)] + ["+", "=", "."]
     make_model(folder / "student", "qwen3", tied=True, vocab_size=53, layers=4, vocab_words=words, seed=1)
     make_model(folder / "teacher", "llama", vocab_size=59, layers=4, hidden=48, vocab_words=words, seed=2)
+    make_model(folder / "moe", "qwen3_moe", vocab_size=53, vocab_words=words, seed=3)
     tree["student"]["parallel"] = {}
     return folder, tree
 
@@ -73,6 +74,12 @@ def checks_of(config: Config) -> list[Check]:
             {"teacher": {"parallel": {"tp": 2, "cp": 2, "sequence_parallel": True}}, "reference": {"parallel": {"tp": 2}}},
             12,
         ),
+        ({"cp": 2}, {}, 11),
+        (
+            {"ep": 2, "dp": 2},
+            {"student": {"model": "moe"}, "teacher": {"parallel": {"tp": 2}}, "reference": {"parallel": {"ep": 2, "cp": 2}}},
+            12,
+        ),
         ({"dp": 2}, {"mixture": {"student": 0, "teacher": 0, "gold": 1}, "reference": None}, 9),
     ],
     ids=[
@@ -80,13 +87,17 @@ def checks_of(config: Config) -> list[Check]:
         "tp2, policy gradient",
         "pp2, GKD by responses",
         "interleaved, teacher cp2",
+        "cp2",
+        "ep2, teacher tp2, reference ep2 x cp2",
         "dp2, gold alone",
     ],
 )
 def test_audit_passes(
     pool: WorkerPool, inputs: tuple[Path, dict[str, Any]], layout: dict[str, Any], changes: dict[str, Any], rows: int
 ) -> None:
-    _, tree = inputs
+    folder, tree = inputs
+    if "model" in changes.get("student", {}):
+        changes = {**changes, "student": {"model": str(folder / changes["student"]["model"])}}
     changes = {**changes, "student": {**tree["student"], **changes.get("student", {}), "parallel": layout}}
     changes = {key: {**(tree.get(key) or {}), **value} if key == "teacher" else value for key, value in changes.items()}
     config = validate_config({**tree, **changes})

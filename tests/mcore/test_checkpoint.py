@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.mcore.checkpoint import latest_checkpoint
+from megatron_opd.mcore.checkpoint import start_checkpoint
+from megatron_opd.mcore.checkpoint_files import (
+    CheckpointWrite,
+    RankWriter,
+    SaveFailed,
+    checkpoints,
+    damage,
+    latest_checkpoint,
+    newest_verified,
+)
+from megatron_opd.types import TrainState
 from tests.conftest import Table
-from tests.mcore.training import Case, resume_for_one_step, save_after, save_lost_weights, train_steps
+from tests.mcore.training import Case, _train, resume_for_one_step, save_after, save_and_lose, save_lost_weights, train_steps
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
@@ -22,6 +37,7 @@ LAYOUTS = {
     "tp2 x pp2": ParallelConfig(tp=2, pp=2),
     "tp2 x dp2": ParallelConfig(tp=2, dp=2),
     "tp2 sp x cp2": ParallelConfig(tp=2, cp=2, sequence_parallel=True),
+    "pp2 vpp2": ParallelConfig(pp=2, vpp=2),
 }
 EXPERT_LAYOUTS = {
     "tp1": ParallelConfig(),
@@ -29,7 +45,7 @@ EXPERT_LAYOUTS = {
     "pp2": ParallelConfig(pp=2),
     "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
 }
-FAST = {("tp2", "pp2"), ("tp1", "tp1")}
+FAST = {("tp2", "pp2"), ("tp1", "tp1"), ("pp2 vpp2", "tp2")}
 PAIRS = [
     pytest.param(one, other, marks=[] if (one, other) in FAST else pytest.mark.slow) for one in LAYOUTS for other in LAYOUTS
 ]
@@ -38,7 +54,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "student", "qwen3", layers=2, seed=1)
+    make_model(folder / "student", "qwen3", layers=4, seed=1)
     make_model(folder / "teacher", "llama", layers=4, hidden=64, seed=2)
     return str(folder / "student"), str(folder / "teacher")
 
@@ -133,16 +149,149 @@ def _assert_next_step_agrees(
     table.add("step after a checkpoint of another layout (and without interruption)", row, figure)
 
 
+@pytest.mark.parametrize("name", ["tp2", "dp2"])
+def test_training_goes_on_while_its_state_of_before_is_written(
+    pool: WorkerPool, models: tuple[str, str], uninterrupted: tuple[float, float], tmp_path: Path, name: str
+) -> None:
+    case = Case(parallel=LAYOUTS[name])
+    checkpoint, visible = pool.run(2, save_and_lose, *models, case, 2, str(tmp_path))[0]
+    assert not visible
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    for stats in pool.run(2, resume_for_one_step, *models, case, checkpoint):
+        assert math.isclose(stats.terms.loss, uninterrupted[0], rel_tol=1e-5)
+        assert math.isclose(stats.grad_norm, uninterrupted[1], rel_tol=1e-5)
+
+
+def lose_the_writer(path: str) -> list[str]:
+    """The second rank's writing process is killed."""
+
+    def write() -> tuple[list[Path], None]:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [], None
+
+    try:
+        CheckpointWrite(Path(path), lambda _: RankWriter(write, lambda _: None), {}, keep=1).finish()
+    except SaveFailed as error:
+        return [str(error), *(each.name for each in Path(path).parent.iterdir())]
+    return []
+
+
+def test_killed_writing_process_is_a_failed_save(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(2, lose_the_writer, str(tmp_path / "iter_0000001")) == [["the writing process was killed"]] * 2
+
+
 def test_lost_weights_are_not_saved_over_good_ones(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:
     for message in pool.run(2, save_lost_weights, models[0], str(tmp_path)):
         assert message.startswith("step 2: 1 weight tensors are not finite, not saved")
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
 
 
 def test_torn_checkpoints_are_never_chosen(tmp_path: Path) -> None:
-    for name, whole in (("step_00000002", True), ("step_00000004", False), (".step_00000006.partial", True)):
+    for name, whole in (("iter_0000002", True), ("iter_0000004", False), (".iter_0000006.partial", True)):
         (tmp_path / name).mkdir()
         if whole:
             (tmp_path / name / "state.json").write_text("{}")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000002"
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000002"
     assert latest_checkpoint(tmp_path / "absent") is None
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def write_files(path: str, keep: int = 9, names: tuple[str, ...] = ("a.distcp", "b.distcp")) -> None:
+    """A checkpoint whose files are not tensors; the first rank writes them."""
+
+    def prepare(partial: Path) -> RankWriter:
+        files = [partial / name for name in names] if dist.get_rank() == 0 else []
+
+        def write() -> tuple[list[Path], None]:
+            for file in files:
+                file.write_bytes(file.name.encode() * 1000)
+            return files, None
+
+        return RankWriter(write, lambda _: None)
+
+    CheckpointWrite(Path(path), prepare, {"state": {"step": 1}}, keep).finish()
+
+
+def verified(folder: str) -> tuple[Path | None, list[str]]:
+    return newest_verified(Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("harm", "seen_by_size", "words"),
+    [
+        (Path.unlink, True, "b.distcp is missing"),
+        (truncate, True, "b.distcp has 7999 bytes, not 8000"),
+        (flip_a_byte, False, "the content of b.distcp has changed"),
+    ],
+)
+def test_damaged_checkpoint_is_left_out_for_the_one_before(
+    pool: WorkerPool, tmp_path: Path, harm: Callable[[Path], None], seen_by_size: bool, words: str
+) -> None:
+    older, newer = tmp_path / "iter_0000002", tmp_path / "iter_0000004"
+    for path in (older, newer):
+        pool.run(2, write_files, str(path))
+    assert pool.run(2, verified, str(tmp_path)) == [(newer, [])] * 2
+    harm(newer / "b.distcp")
+    assert latest_checkpoint(tmp_path) == (older if seen_by_size else newer)
+    assert pool.run(2, verified, str(tmp_path)) == [(older, [f"checkpoint {newer}: {words}; left out"])] * 2
+    harm(older / "b.distcp")
+    path, skipped = pool.run(2, verified, str(tmp_path))[0]
+    assert path is None and len(skipped) == 2
+
+
+def test_oldest_checkpoints_go_first(pool: WorkerPool, tmp_path: Path) -> None:
+    for step in range(1, 5):
+        pool.run(1, write_files, str(tmp_path / f"iter_{step:07d}"), 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["iter_0000004", "iter_0000003"]
+    left = ["iter_0000003", "iter_0000004", "latest_checkpointed_iteration.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def save_in_vain(student: str, folder: str, obstacle: str) -> tuple[str, list[str]]:
+    """A good checkpoint, then one that meets the obstacle: its message, and what is left."""
+    trainer, _ = _train(student, student, Case(parallel=ParallelConfig(tp=2)), range(1))
+    path = Path(folder)
+    start_checkpoint(path, trainer, TrainState(step=1), seed=1, keep=1).finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if obstacle == f"disk full on rank {trainer.layout.tp_rank}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    if obstacle == "file in the way":
+        path = path / "occupied"
+        path.write_text("")
+    dist.barrier()
+    try:
+        start_checkpoint(path, trainer, TrainState(step=2), seed=1, keep=1).finish()
+    except SaveFailed as error:
+        return str(error), sorted(each.name for each in Path(folder).iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "saved", []
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "words", "left"),
+    [
+        ("disk full on rank 0", "File too large", []),
+        ("disk full on rank 1", "File too large", []),
+        ("file in the way", "Not a directory", ["occupied"]),
+    ],
+)
+def test_failure_to_write_is_agreed_on_and_leaves_the_last_checkpoint(
+    pool: WorkerPool, models: tuple[str, str], tmp_path: Path, obstacle: str, words: str, left: list[str]
+) -> None:
+    for message, names in pool.run(2, save_in_vain, models[0], str(tmp_path), obstacle):
+        assert words in message or "OSError" in message  # all that 0.19 keeps of the reason
+        assert names == sorted([*left, "iter_0000001", "latest_checkpointed_iteration.txt"])
+    assert damage(tmp_path / "iter_0000001") is None
+    path, _ = pool.run(2, verified, str(tmp_path))[0]
+    assert path == tmp_path / "iter_0000001"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from megatron_opd.config import OptimizerConfig, ParallelConfig
 from megatron_opd.data import Multiples, context_slice, pack
 from megatron_opd.hf_folder import HFFolder
-from megatron_opd.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_opd.mcore.checkpoint import load_checkpoint, start_checkpoint
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.parallel import ParallelLayout
@@ -139,7 +140,22 @@ def train_steps(student: str, teacher: str, case: Case, steps: int) -> tuple[lis
 def save_after(student: str, teacher: str, case: Case, steps: int, folder: str) -> str:
     """``steps`` optimizer steps and a checkpoint."""
     trainer, _ = _train(student, teacher, case, range(steps))
-    return str(save_checkpoint(Path(folder), trainer, TrainState(step=steps), seed=1, keep=1))
+    return str(start_checkpoint(Path(folder), trainer, TrainState(step=steps), seed=1, keep=1).finish())
+
+
+def save_and_lose(student: str, teacher: str, case: Case, steps: int, folder: str) -> tuple[str, bool]:
+    """As :func:`save_after`, but the weights and the optimizer's state are lost before the checkpoint is complete."""
+    trainer, _ = _train(student, teacher, case, range(steps))
+    write = start_checkpoint(Path(folder), trainer, TrainState(step=steps), seed=1, keep=1)
+    for parameter in trainer.parameters():
+        parameter.data.zero_()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.data.zero_()
+    visible = any(Path(folder).glob("iter_*"))
+    while not write.written():
+        time.sleep(0.05)
+    return str(write.finish()), visible
 
 
 def resume_for_one_step(student: str, teacher: str, case: Case, checkpoint: str) -> StepStats:
@@ -227,11 +243,11 @@ def weights_after_a_skipped_step(student: str, teacher: str, parallel: ParallelC
 def save_lost_weights(student: str, folder: str) -> str:
     """Save, then lose one weight and try to save again; the refusal."""
     trainer, _ = _train(student, student, Case(parallel=ParallelConfig(tp=2)), range(1))
-    save_checkpoint(Path(folder), trainer, TrainState(step=1), seed=1, keep=1)
+    start_checkpoint(Path(folder), trainer, TrainState(step=1), seed=1, keep=1).finish()
     if trainer.layout.tp_rank == 1:
         trainer.parameters()[0].data[0, 0] = torch.nan
     try:
-        save_checkpoint(Path(folder), trainer, TrainState(step=2), seed=1, keep=1)
+        start_checkpoint(Path(folder), trainer, TrainState(step=2), seed=1, keep=1).finish()
     except RunStopped as error:
         return str(error)
     return "saved"
