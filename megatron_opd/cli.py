@@ -1,9 +1,10 @@
-"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``"""
+"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: the run stopped itself, or the audit failed; 2: bad input, one line on stderr."""
+    """Exit code 0: done; 1: the run stopped itself, the audit failed or memory is short; 2: bad input, one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
+        if options.command == "check" and (options.gpus or options.memory or options.reserve):
+            return _check_memory(options)
         _quiet_libraries()
         commands = {"train": _train, "check": _check, "audit": _audit}
         return commands[options.command](config, arguments)
@@ -29,6 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RunStopped as error:
         return _fail(error, 1)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Overrides may stand before and after options."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    unknown = [each for each in others if each.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += others
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="override of a config value")
+        if name == "check":
+            command.add_argument(
+                "--gpus", metavar="N", help="print the memory of a run on N GPUs, from config.json files alone"
+            )
+            command.add_argument("--memory", metavar="80GB", help="of one GPU: say whether the run fits, and what to change")
+            command.add_argument("--reserve", metavar="5GB", help="of it, for CUDA context, NCCL and fragmentation")
     return parser
 
 
@@ -85,6 +105,18 @@ def _check(config: Config, _arguments: list[str]) -> int:
     world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())
     print(describe(config, prepare(config, platform, world_size), platform, world_size))
     return 0
+
+
+def _check_memory(options: argparse.Namespace) -> int:
+    if options.gpus is None:
+        raise OpdError("--gpus: not set, but --memory and --reserve are; give the number of GPUs of the whole run")
+    # The modules are built on CPU, with Megatron's CPU patches, which must not meet a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _quiet_libraries()
+    from megatron_opd.advisor.check import check_memory
+
+    fits = check_memory(options.config, options.overrides, options.gpus, options.memory, options.reserve)
+    return 0 if fits else 1
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from megatron_opd.config import Config, ParallelConfig, teacher_key
 from megatron_opd.data.packing import Multiples
@@ -21,7 +19,7 @@ from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
-from megatron_opd.mcore.model import ModelSpec, TransformerConfig, model_spec, transformer_config
+from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.sglang.server import check_arguments
@@ -50,53 +48,80 @@ class Inputs:
     resume_step: int
 
 
-def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
-    """Check the whole run. Raises OpdError."""
+@dataclass(frozen=True)
+class Models:
+    """What the config.json of every model says, checked against the layouts."""
+
+    student: HFFolder
+    teachers: dict[str, HFFolder]  # by name; a single one has the name ""
+    reference: HFFolder | None
+    student_spec: ModelSpec
+    student_config: TransformerConfig
+    frozen_specs: dict[str, ModelSpec]  # by section of the config
+
+    @property
+    def frozen(self) -> dict[str, HFFolder]:
+        """By section of the config."""
+        teachers = {teacher_key(name): folder for name, folder in self.teachers.items()}
+        return teachers if self.reference is None else {**teachers, "reference": self.reference}
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that student, teacher and reference share."""
+        return min(spec.dims.vocab_size for spec in (self.student_spec, *self.frozen_specs.values()))
+
+    @property
+    def max_positions(self) -> int:
+        return min(spec.max_positions for spec in (self.student_spec, *self.frozen_specs.values()))
+
+
+def check_models(config: Config, platform: Platform, world_size: int) -> Models:
+    """Check what needs no weights, no tokenizer and no prompts. Raises OpdError."""
     parallel = config.student.parallel
-    dp_size = data_parallel_size(parallel, world_size)
     for section, layout in config.layouts.items():
         data_parallel_size(layout, world_size, section)
-
     student = HFFolder(resolve_model(config.student.model))
     student_spec = model_spec(student, parallel, "student")
     student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
+    models = Models(student, *_frozen_folders(config, student), student_spec, student_config, {})
+    specs = {section: model_spec(folder, config.layouts[section], section) for section, folder in models.frozen.items()}
+    models = replace(models, frozen_specs=specs)
+    if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
+        raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {models.vocab_size} ids; lower it")
+    return models
+
+
+def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
+    """Check the whole run. Raises OpdError."""
+    models = check_models(config, platform, world_size)
+    student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
     found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
     if config.student.init == "pretrained":
-        _check_weights(student, student_spec, "student", found)
-    teachers, reference = _frozen_folders(config, student)
-    frozen = [(folder, teacher_key(name)) for name, folder in teachers.items()]
-    if reference is not None:
-        frozen.append((reference, "reference"))
-    specs = [student_spec]
-    for folder, section in frozen:
-        specs.append(model_spec(folder, config.layouts[section], section))
-        _check_weights(folder, specs[-1], section, found)
+        _check_weights(student, models.student_spec, "student", found)
+    for section, folder in models.frozen.items():
+        _check_weights(folder, models.frozen_specs[section], section, found)
 
     if config.rollout.backend == "sglang":
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
     tokenizer = load_tokenizer(student.path)
-    for folder, _ in frozen:
+    for folder in models.frozen.values():
         if folder.path != student.path:
             check_same_tokenizer(tokenizer, load_tokenizer(folder.path), str(student.path), str(folder.path))
     own_stops = stop_ids(student.path, tokenizer)
     teacher_stops = {name: stop_ids(folder.path, tokenizer) for name, folder in teachers.items()}
     stop_class = tuple(sorted({*own_stops, *(index for stops in teacher_stops.values() for index in stops)}))
-    vocab_size = min(spec.dims.vocab_size for spec in specs)
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= vocab_size:
         raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
 
-    if config.loss.k > vocab_size and config.loss.opd in TOP_K_KINDS:
-        raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {vocab_size} ids; lower it")
-
-    prompts, heldout = _prompts(config, tokenizer, own_stops[0], min(spec.max_positions for spec in specs))
-    resume, resume_step = _resume(config, student_spec)
+    prompts, heldout = _prompts(config, tokenizer, own_stops[0], models.max_positions)
+    resume, resume_step = _resume(config, models.student_spec)
     return Inputs(
         student=student,
         teachers=teachers,
-        reference=reference,
-        student_spec=student_spec,
-        student_config=student_config,
+        reference=models.reference,
+        student_spec=models.student_spec,
+        student_config=models.student_config,
         tokenizer=tokenizer,
         stop_ids=stop_class if config.objective.merge_stop_class else own_stops,
         teacher_stop_ids=teacher_stops,
@@ -105,7 +130,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         prompts=prompts,
         heldout=heldout,
         loss_vocab_size=vocab_size,
-        dp_size=dp_size,
+        dp_size=data_parallel_size(config.student.parallel, world_size),
         resume=resume,
         resume_step=resume_step,
     )
@@ -116,14 +141,14 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
     parallel, mixture, objective = config.student.parallel, config.mixture, config.objective
 
     def own_layout(section: str) -> str:
-        axes = _axes(config.layouts[section], world_size)
-        return "" if axes == _axes(parallel.model_copy(update={"vpp": 1}), world_size) else f" ({axes})"
+        own = axes(config.layouts[section], world_size)
+        return "" if own == axes(parallel.model_copy(update={"vpp": 1}), world_size) else f" ({own})"
 
     facts = {
         "run": f"{config.run.name}: {config.run.steps} steps into {config.run.dir}",
         "platform": f"{platform.device.type}, {platform.backend}, "
         + ("Transformer Engine spec" if platform.transformer_engine else "local layer spec"),
-        "layout": f"{_axes(parallel, world_size)} on {world_size} ranks",
+        "layout": f"{axes(parallel, world_size)} on {world_size} ranks",
         "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
         "teacher": ", ".join(
             f"{name} {folder.path}{own_layout(teacher_key(name))}".strip() for name, folder in inputs.teachers.items()
@@ -143,15 +168,12 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
-def _axes(parallel: ParallelConfig, world_size: int) -> str:
+def axes(parallel: ParallelConfig, world_size: int) -> str:
+    """A layout as people read it."""
     sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "vpp": parallel.vpp, "ep": parallel.ep}
     sizes["dp"] = world_size // parallel.model_parallel_size
     shown = " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "vpp" or size > 1)
     return shown + (" with sequence parallelism" if parallel.sequence_parallel else "")
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    return torch.float32 if config.student.dtype == "float32" else torch.bfloat16
 
 
 def _check_weights(folder: HFFolder, spec: ModelSpec, section: str, megatron: dict[str, Path]) -> None:

@@ -14,12 +14,12 @@ from megatron_opd.data.prompts import PromptDataset
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.megatron_lm import load_megatron_lm
-from megatron_opd.mcore.model import build_model, load_pretrained, load_random
+from megatron_opd.mcore.model import build_model, dtype_of, load_pretrained, load_random
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.monitoring.monitors import Monitors
-from megatron_opd.preflight import Inputs, dtype_of
+from megatron_opd.preflight import Inputs
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.rollout.sglang import SGLangEngine

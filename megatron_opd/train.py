@@ -18,9 +18,10 @@ from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
 from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified
 from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
-from megatron_opd.preflight import Inputs, dtype_of, prepare
+from megatron_opd.preflight import Inputs, prepare
 from megatron_opd.reporter import Reporter
 from megatron_opd.rollout.collect import collect
 from megatron_opd.saver import Saver

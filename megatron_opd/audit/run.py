@@ -12,9 +12,10 @@ from megatron_opd.audit.loss import LossSetting, audit_loss
 from megatron_opd.audit.report import Check, print_table, worst_of_all_ranks
 from megatron_opd.audit.step import audit_step
 from megatron_opd.config import Config
+from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import ParallelLayout, init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
-from megatron_opd.preflight import Inputs, dtype_of, prepare
+from megatron_opd.preflight import Inputs, prepare
 from megatron_opd.types import RunStopped
 
 

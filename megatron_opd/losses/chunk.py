@@ -49,17 +49,18 @@ class ChunkLoss:
     def spare_matrices(self, device: torch.device) -> int:
         """How many [c, size] :meth:`softmax` wants beside the logits: 0 or 2."""
         looks_twice = isinstance(self.opd, TopK) or (not isinstance(self.opd, PolicyGradient) and self.opd.mixture)
-        return 2 if looks_twice and not self._has_kernels(device) else 0
+        return 2 if looks_twice and not self.has_kernels(device) else 0
 
     def softmax(self, student: Tensor, teacher: Tensor | None, reference: Tensor | None, spare: Tensor) -> ChunkSoftmax:
         """The passes over these logits, each [c, size]; ``spare`` [0 or 2, c, size] is memory to work in."""
-        if not self._has_kernels(student.device):
+        if not self.has_kernels(student.device):
             return TorchSoftmax(student, teacher, reference, spare if len(spare) else None)
         from megatron_opd.losses.triton_softmax import TritonSoftmax  # Triton is installed with torch's builds for GPUs alone
 
         return TritonSoftmax(student, teacher, reference)
 
-    def _has_kernels(self, device: torch.device) -> bool:
+    def has_kernels(self, device: torch.device) -> bool:
+        """Triton's, which need no matrix beside the logits; torch's passes make some."""
         return device.type == "cuda" and not isinstance(self.opd, TopK)
 
     def run(self, softmax: ChunkSoftmax, tokens: Tokens) -> Steps[tuple[TokenValues, Tensor]]:

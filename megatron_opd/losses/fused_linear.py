@@ -82,16 +82,23 @@ class LinearLoss:
         return 1 if self.loss.shard.group is None else 2
 
     def buffers(self, rows: Rows, student: Head) -> Tensor:
-        """[chunks in flight, matrices, chunk, size]: logits and memory to work in, for all chunks of ``rows`` in turn.
+        """[chunks in flight, matrices, chunk, size]: logits and memory to work in, for all chunks of ``rows`` in turn."""
+        dtype = statistics_dtype(student.weight.dtype)
+        shape = self.buffer_shape(rows.models, len(rows.positions), len(student.weight), dtype, student.weight.device)
+        return student.hidden.new_empty(shape, dtype=dtype)
+
+    def buffer_shape(
+        self, models: int, positions: int, shard_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[int, int, int, int]:
+        """Of :meth:`buffers`, in ``dtype`` on ``device``; ``shard_rows`` is V/tp.
 
         The chunk is the same on all ranks of the group: it depends on V/tp, not on the shard's true rows.
         """
-        dtype = statistics_dtype(student.weight.dtype)
-        budget = _CHUNK_BYTES_CPU if student.weight.is_cpu else _CHUNK_BYTES
-        matrices = (self.chunks_in_flight, rows.models + self.loss.spare_matrices(student.weight.device))
-        affordable = budget // (matrices[0] * matrices[1] * student.weight.shape[0] * dtype.itemsize)
-        chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(len(rows.positions), 1))
-        return student.hidden.new_empty(*matrices, chunk, self.loss.shard.size, dtype=dtype)
+        budget = _CHUNK_BYTES_CPU if device.type == "cpu" else _CHUNK_BYTES
+        in_flight, matrices = self.chunks_in_flight, models + self.loss.spare_matrices(device)
+        affordable = budget // (in_flight * matrices * shard_rows * dtype.itemsize)
+        chunk = min(self.chunk_tokens or max(affordable, _FEWEST_CHUNK_TOKENS), max(positions, 1))
+        return in_flight, matrices, chunk, self.loss.shard.size
 
 
 class _LinearLossFunction(torch.autograd.Function):

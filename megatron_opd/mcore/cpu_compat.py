@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
@@ -43,6 +44,26 @@ def install() -> None:
     _fused_adam()
     _checkpoint_results_queue()
     _expert_counts()
+
+
+@contextlib.contextmanager
+def alone_in_a_fake_world() -> Iterator[None]:
+    """Objects gathered over ranks that do not exist: each of them has this rank's.
+
+    Megatron's optimizer gathers the keys of its parameter groups, which are the same on all ranks, but in torch's fake mode no
+    pickled object can be read back.
+    """
+    collectives: Any = dist
+    original = collectives.all_gather_object
+
+    def gather(objects: list[Any], own: Any, group: Any = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    collectives.all_gather_object = gather
+    try:
+        yield
+    finally:
+        collectives.all_gather_object = original
 
 
 def _stub_triton_only_module() -> None:

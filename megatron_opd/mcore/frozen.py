@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,28 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD
 from megatron_opd.mcore.megatron_lm import load_head, load_megatron_lm
-from megatron_opd.mcore.model import HiddenStateModel, build_model, load_pretrained, model_spec, transformer_config
+from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, frozen_layout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_only
 from megatron_opd.types import PackedBatch
+
+
+def build_frozen(
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    layout: ParallelLayout,
+    platform: Platform,
+    dtype: torch.dtype,
+    native: dict[str, Any] | None = None,
+) -> tuple[HiddenStateModel, ...]:
+    """This rank's chunks without an LM head and without weights; nothing in them asks for a gradient."""
+    config = transformer_config(spec, parallel, platform, dtype, native or {})
+    chunks = build_model(spec, config, layout, platform, with_head=False)
+    for chunk in chunks:
+        chunk.eval()
+        chunk.requires_grad_(False)
+    return chunks
 
 
 class FrozenModel:
@@ -53,15 +71,11 @@ class FrozenModel:
         self.student, self.platform, self.dtype = student, platform, dtype
         self.layout = frozen_layout(parallel, student, section)
         self.spec = model_spec(folder, parallel, section)
-        config = transformer_config(self.spec, parallel, platform, dtype, native={})
-        self.chunks = build_model(self.spec, config, self.layout, platform, with_head=False)
+        self.chunks = build_frozen(self.spec, parallel, self.layout, platform, dtype)
         if checkpoint is None:
             load_pretrained(self.chunks, self.spec, folder, self.layout)
         else:
             load_megatron_lm(self.chunks, checkpoint, f"{section}.load")
-        for chunk in self.chunks:
-            chunk.eval()
-            chunk.requires_grad_(False)
         self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], on the student's last stage only
         rows = student_padded_vocab // student.tp_size
         if checkpoint is not None:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_opd.config import ParallelConfig
+from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
 from megatron_opd.mcore.hf_mapping import Dimensions, load_weights, table_for
 from megatron_opd.mcore.parallel import ParallelLayout
@@ -29,7 +29,7 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError, PackedBatch
 
 _VOCAB_MULTIPLE = 128  # as Megatron-LM pads
-_RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
+RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
 _EXACT_ROPE = ("default", "linear", "llama3")  # kinds that are a change of the inverse frequencies alone
 
 
@@ -77,6 +77,11 @@ class ModelSpec:
     hf: PretrainedConfig
     dims: Dimensions
     max_positions: int
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of the student's and all frozen models' parameters."""
+    return torch.float32 if config.student.dtype == "float32" else torch.bfloat16
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -189,7 +194,7 @@ def transformer_config(
             raise OpdError(f"student.megatron.{name}: not a field of the installed TransformerConfig; remove it")
         if name in derived:
             raise OpdError(f"student.megatron.{name}: follows from the model and student.parallel; remove it")
-    unavailable = _RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
+    unavailable = RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
     if unavailable and not platform.transformer_engine:
         raise OpdError(
             f"student.megatron.recompute_modules: {', '.join(sorted(unavailable))} cannot be recomputed without "
@@ -252,7 +257,8 @@ def _build_chunk(
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
     if not with_head and is_last:
         chunk.output_layer = None
-    return chunk.to(platform.device)
+    in_place = all(parameter.device == platform.device for parameter in chunk.parameters())
+    return chunk if in_place else chunk.to(platform.device)  # parameters without memory (torch's fake mode) cannot be moved
 
 
 def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:

@@ -143,6 +143,11 @@ def init_process_group(platform: Platform, timeout_s: float = 1800.0) -> None:
     dist.init_process_group(platform.backend, timeout=timedelta(seconds=timeout_s))
 
 
+def has_gloo() -> bool:
+    """Checkpoints gather over gloo groups; torch's fake backend, where one process stands for a world, has none."""
+    return str(dist.get_backend()) != "fake"
+
+
 def init_layout(parallel: ParallelConfig, seed: int) -> ParallelLayout:
     """The student's: Megatron's own process groups and seeded random states; torch.distributed is initialised."""
     data_parallel_size(parallel, dist.get_world_size())
@@ -153,6 +158,7 @@ def init_layout(parallel: ParallelConfig, seed: int) -> ParallelLayout:
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
+        create_gloo_process_groups=has_gloo(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelLayout(ProcessGroupCollection.use_mpu_process_groups(), parallel.vpp)

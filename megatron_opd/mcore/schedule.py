@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -62,7 +63,8 @@ def forward_backward(
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
             output = loss_function(hidden)
-            return output.loss, torch.ones((), dtype=torch.int), output
+            # The outputs of all micro-batches are kept; with its graph each would keep the stage's input and its gradient.
+            return output.loss, torch.ones((), dtype=torch.int), replace(output, loss=output.loss.detach())
 
         return forward(chunk, batch), loss
 

@@ -20,7 +20,7 @@ from megatron_opd.config import OptimizerConfig
 from megatron_opd.losses import distillation_loss
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.offload import offloaded
-from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.parallel import ParallelLayout, has_gloo
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_backward
 from megatron_opd.types import FrozenScores, LossOutput, LossTerms, Objective, PackedBatch, RunStopped, StepStats
@@ -150,6 +150,11 @@ class Trainer:
         with offloaded([*self.parameters(), *self.optimizer_tensors()], self.gradient_buffers(), self.platform):
             yield
 
+    def parameter_buffers(self) -> list[Tensor]:
+        """[elements, padded] of each of Megatron's buffers that parameters are views of: with the distributed optimizer."""
+        buffers = [buffer for ddp in self.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+        return [buffer.param_data for buffer in buffers if buffer.param_data is not None]
+
     def gradient_buffers(self) -> list[Tensor]:
         """[elements, padded] of each of Megatron's buffers; ``main_grad`` of every parameter is a view of one."""
         return [buffer.grad_data for ddp in self.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
@@ -249,6 +254,7 @@ def build_optimizer(ddp: Sequence[DistributedDataParallel], config: OptimizerCon
             overlap_param_gather=config.overlap_param_gather,
         ),
         list(ddp),
+        use_gloo_process_groups=has_gloo(),
     )
 
 

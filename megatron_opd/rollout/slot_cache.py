@@ -11,6 +11,11 @@ from transformers import Cache, DynamicCache
 _GROWTH = 1.5
 
 
+def most_bytes(layers: int, slots: int, kv_heads: int, head_dim: int, columns: int, itemsize: int) -> int:
+    """Of a :class:`SlotCache` that has grown to sequences of ``columns`` tokens."""
+    return 2 * layers * slots * kv_heads * int(_GROWTH * columns) * head_dim * itemsize
+
+
 class SlotCache(Cache):
     """Keys and values of the live sequences: rows 0 to n-1, each filled from column 0 to its own length.
 

@@ -1,0 +1,250 @@
+"""Bytes of a rank: the run's own modules, buffers and optimizer, built on a fake rank and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_opd.config import Config, ParallelConfig
+from megatron_opd.losses.chunk import ChunkLoss
+from megatron_opd.losses.fused_linear import LinearLoss
+from megatron_opd.losses.memory import LossShapes, loss_bytes
+from megatron_opd.losses.objective import opd_term
+from megatron_opd.losses.shard import VocabShard
+from megatron_opd.losses.stop_class import StopClass
+from megatron_opd.mcore.fake_world import FAKE, fake_rank, shallow
+from megatron_opd.mcore.frozen import build_frozen
+from megatron_opd.mcore.fused_stand_ins import FUSED_FIELDS, fuse
+from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, dtype_of, transformer_config
+from megatron_opd.mcore.parallel import ParallelLayout, init_layout
+from megatron_opd.mcore.passes import PassBytes, in_flight, scoring_pass, training_pass
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.trainer import Trainer
+
+_WITHOUT_VALUES = {"perform_initialization": False}
+Kernels = Literal["local", "fused"]  # Megatron's local modules as CPU runs have them, or what the GPU run's fused ones keep
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What a student's rank has between steps."""
+
+    parameters: int
+    gradients: int
+    masters: int  # fp32 copies of the parameters that this rank updates
+    moments: int  # Adam's two, made by the first step
+
+    @property
+    def optimizer(self) -> int:
+        return self.masters + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class PassesBytes:
+    """What a student's rank takes during the passes of a step."""
+
+    held: int  # that autograd saves, of all micro-batches in flight, with each stage's input and output
+    recomputed: int  # that it saves of the layers that run again in a backward
+    working: int  # of the one micro-batch that is computed, beyond
+
+    @property
+    def activations(self) -> int:
+        return self.held + self.recomputed
+
+
+@dataclass(frozen=True)
+class FrozenBytes:
+    weights: int  # of this rank's layers
+    working: int  # of a forward
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where in which world."""
+
+    number: int
+    world_size: int
+
+    def stage(self, parallel: ParallelConfig) -> int:
+        """Of a model's pipeline, the outermost axis."""
+        return self.number * parallel.pp // self.world_size
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The largest micro-batch, as whole sequences, and how many of them a rank gets in a step."""
+
+    lengths: tuple[int, ...]  # tokens, before context parallelism slices them
+    microbatches: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def state_bytes(config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
+    """As the run's :class:`~megatron_opd.mcore.trainer.Trainer` allocates it, padding included."""
+    student = config.student.parallel
+    with fake_rank(rank.number, rank.world_size):
+        layout = init_layout(student, config.run.seed)
+        native = transformer_config(spec, student, FAKE, dtype_of(config), {**_WITHOUT_VALUES, **config.student.megatron})
+        trainer = Trainer(
+            build_model(spec, native, layout, FAKE),
+            spec,
+            layout,
+            FAKE,
+            config.objective,
+            config.optimizer,
+            total_steps=config.run.steps,
+            loss_vocab_size=spec.dims.vocab_size,
+            stop_ids=(),
+            chunk_tokens=None,
+        )
+        parameters = _storages([*trainer.parameters(), *trainer.parameter_buffers()])
+        gradients = _storages(trainer.gradient_buffers())
+        masters = _storages(trainer.optimizer_tensors(), besides=parameters)
+        for each in trainer.optimizer.chained_optimizers:
+            each.init_state_fn(each.optimizer)
+        moments = _storages(trainer.optimizer_tensors(), besides={**parameters, **masters})
+        return StateBytes(*(sum(each.values()) for each in (parameters, gradients, masters, moments)))
+
+
+def chunk_layers(config: Config, spec: ModelSpec, rank: Rank) -> tuple[int, ...]:
+    """Layers of each of the rank's chunks."""
+    parallel = config.student.parallel
+    native = transformer_config(spec, parallel, FAKE, dtype_of(config), config.student.megatron)
+    virtual = range(parallel.vpp) if parallel.vpp > 1 else [None]
+    return tuple(get_num_layers_to_build(native, number, rank.stage(parallel)) for number in virtual)
+
+
+def chunk_passes(
+    config: Config, spec: ModelSpec, rank: Rank, lengths: Sequence[int], kernels: Kernels, *, whole: bool = False
+) -> list[PassBytes]:
+    """Of each of the rank's chunks; ``whole``: every layer runs, not up to three of equal ones."""
+    parallel = config.student.parallel
+    native = transformer_config(
+        spec, parallel, FAKE, dtype_of(config), {**_measurable(spec, kernels), **config.student.megatron}
+    )
+
+    def measure(number: int, layers: int | None) -> PassBytes:
+        platform = FAKE if layers is None else shallow(layers)
+        with fake_rank(rank.number, rank.world_size), _running(kernels):
+            layout = init_layout(parallel, config.run.seed)
+            chunk = build_model(spec, native, layout, platform)[number]
+            _use(chunk, kernels)
+            return training_pass(chunk, lengths, layout)
+
+    def of_all_layers(number: int, layers: int) -> PassBytes:
+        unit = _equal_layers(native)
+        if whole or unit is None or layers % unit or layers <= 3 * unit:
+            return measure(number, None)
+        return measure(number, 3 * unit).after(measure(number, 2 * unit), layers // unit - 3)
+
+    return [of_all_layers(number, layers) for number, layers in enumerate(chunk_layers(config, spec, rank))]
+
+
+def scheduled(config: Config, rank: Rank, passes: Sequence[PassBytes], microbatches: int) -> PassesBytes:
+    """The passes of the rank's chunks in the schedule of a step."""
+    with fake_rank(rank.number, rank.world_size):
+        held = in_flight(passes, init_layout(config.student.parallel, config.run.seed), microbatches)
+    return PassesBytes(held, max(each.recomputed for each in passes), max(each.working for each in passes))
+
+
+def frozen_bytes(
+    config: Config, spec: ModelSpec, section: str, rank: Rank, lengths: Sequence[int], kernels: Kernels
+) -> FrozenBytes:
+    """Of the teacher or reference in ``section`` of the config, in its own layout, but for its head."""
+    parallel, dtype = config.layouts[section], dtype_of(config)
+
+    def build(platform: Platform, layout: ParallelLayout) -> tuple[HiddenStateModel, ...]:
+        return build_frozen(spec, parallel, layout, platform, dtype, _measurable(spec, kernels))
+
+    with fake_rank(rank.number, rank.world_size), _running(kernels):
+        layout = init_layout(parallel, config.run.seed)
+        weights = _storages(parameter for chunk in build(FAKE, layout) for parameter in chunk.parameters())
+        (chunk,) = build(shallow(3), layout)  # each layer leaves the memory that it used to the next
+        _use(chunk, kernels)
+        return FrozenBytes(sum(weights.values()), scoring_pass(chunk, lengths, layout))
+
+
+def head_bytes(config: Config, student: ModelSpec, frozen: ModelSpec, rank: Rank) -> int:
+    """A frozen model's LM head, which lies where the student's loss is computed, cut as the student's."""
+    parallel = config.student.parallel
+    if rank.stage(parallel) != parallel.pp - 1:
+        return 0
+    return student.dims.padded_vocab_size // parallel.tp * int(frozen.hf.hidden_size) * dtype_of(config).itemsize
+
+
+def loss_chunk_bytes(
+    config: Config,
+    spec: ModelSpec,
+    rank: Rank,
+    workload: Workload,
+    frozen_hidden: tuple[int, ...],
+    vocab_size: int,
+    device: torch.device,
+) -> int:
+    """The loss of the largest micro-batch on ``rank``, of the last stage, on ``device``; ``vocab_size``: ids of all models."""
+    parallel, objective = config.student.parallel, config.objective
+    with fake_rank(rank.number, rank.world_size):
+        layout = init_layout(parallel, config.run.seed)
+        shard_rows = spec.dims.padded_vocab_size // layout.tp_size
+        terms = ChunkLoss(
+            opd_term(objective, vocab_size),
+            StopClass.of((), objective.merge_stop_class, vocab_size),
+            objective.temperature,
+            VocabShard.of(shard_rows, vocab_size, layout.tp),
+        )
+        shapes = LossShapes(
+            tokens=workload.tokens // layout.cp_size,
+            hidden=spec.hf.hidden_size,
+            shard_rows=shard_rows,
+            frozen=frozen_hidden,
+            dtype=dtype_of(config),
+            device=device,
+            sources=(
+                objective.needs_teacher or objective.needs_reference,
+                objective.off_policy == "cross_entropy" and objective.teacher_weight + objective.gold_weight > 0,
+            ),
+        )
+        return loss_bytes(LinearLoss((), terms, config.loss.chunk_tokens), shapes)
+
+
+def _measurable(spec: ModelSpec, kernels: Kernels) -> dict[str, Any]:
+    """TransformerConfig fields for passes without content: with experts the shapes of balanced routing."""
+    balanced = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True} if spec.dims.experts else {}
+    return _WITHOUT_VALUES | balanced | (FUSED_FIELDS if kernels == "fused" else {})
+
+
+def _running(kernels: Kernels) -> Any:
+    """Megatron compiles its fused functions; without content they run as they are written."""
+    return torch.compiler.set_stance("force_eager") if kernels == "fused" else nullcontext()
+
+
+def _use(chunk: HiddenStateModel, kernels: Kernels) -> None:
+    if kernels == "fused":
+        fuse(chunk)
+
+
+def _equal_layers(config: TransformerConfig) -> int | None:
+    """How many layers take the same memory again and again; None: they differ."""
+    if config.recompute_granularity != "full":
+        return 1
+    return config.recompute_num_layers if config.recompute_method == "uniform" else None
+
+
+def _storages(tensors: Iterable[Tensor], besides: dict[int, int] | None = None) -> dict[int, int]:
+    """Bytes of each storage once, by its identity."""
+    found = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return {storage: size for storage, size in found.items() if storage not in (besides or {})}
