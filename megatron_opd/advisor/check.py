@@ -49,7 +49,7 @@ def check_memory(path: str, overrides: Sequence[str], gpus: str, memory: str | N
     def load(changes: Sequence[str]) -> Config:
         return load_config(path, [*overrides, *changes])
 
-    planner = Planner(torch.device("cuda"), "fused")
+    planner = Planner(torch.device("cuda"), "fused", size)
     plan = planner.plan(load(()), count)
     print(render(plan, size, size - available))
     print()
@@ -73,7 +73,8 @@ def _lines(advice: Advice, reserve: Reserve) -> list[str]:
     ]
     if engine.weights > smallest.peak // 2:
         lines.append(
-            f"the embedded engine keeps {gib(engine.weights)} GiB of whole models on every GPU: it is for small models"
+            f"the engine keeps {gib(engine.weights)} GiB on every GPU; the embedded one, which has whole models, is for small "
+            "ones: set rollout.backend=sglang"
         )
     if advice.more_gpus is not None:
         more = advice.more_gpus

@@ -30,9 +30,11 @@ from megatron_opd.mcore.footprint import (
 from megatron_opd.mcore.model import RECOMPUTED_BY_TE, ModelSpec, dtype_of
 from megatron_opd.preflight import Models, axes, check_models
 from megatron_opd.rollout.slot_cache import most_bytes
+from megatron_opd.types import OpdError
 
 _EXPERTS = "experts: routing counts as balanced"
 Result = TypeVar("Result")
+NODE = 8  # GPUs that share a host, as far as there are so many
 
 
 class NoRoom(Exception):
@@ -42,8 +44,9 @@ class NoRoom(Exception):
 class Planner:
     """Plans of many configs for runs on ``device``, whose kernels keep what ``kernels`` says."""
 
-    def __init__(self, device: torch.device, kernels: Kernels) -> None:
-        self.device, self.kernels = device, kernels
+    def __init__(self, device: torch.device, kernels: Kernels, memory: int = 0) -> None:
+        """``memory``: bytes of a GPU, of which SGLang's servers take a share."""
+        self.device, self.kernels, self.memory = device, kernels, memory
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def plan(self, config: Config, gpus: int, *, up_to: float = math.inf) -> Plan:
@@ -112,14 +115,16 @@ class Planner:
 
     def _engines(self, config: Config, models: Models, gpus: int) -> EngineBytes:
         """As ``setup.build_system`` builds them."""
-        engines = []
+        engines, share = [], 0
         mixture, prompts = config.mixture, config.data.prompts_per_step
-        if mixture.student or config.eval:
+        if (mixture.student or config.eval) and config.rollout.backend == "sglang":
+            share = int(self.memory * _server_share(config, gpus))
+        elif mixture.student or config.eval:
             engines.append((models.student, prompts * mixture.student))
         if mixture.teacher or (config.eval and config.eval.teacher):
             engines += [(folder, prompts * mixture.teacher) for folder in models.teachers.values()]
         sizes = [self._engine(config, models, folder, responses, gpus) for folder, responses in engines]
-        return EngineBytes(sum(each.weights for each in sizes), max((each.cache for each in sizes), default=0))
+        return EngineBytes(share + sum(each.weights for each in sizes), max((each.cache for each in sizes), default=0))
 
     def _engine(self, config: Config, models: Models, folder: HFFolder, responses: int, gpus: int) -> EngineBytes:
         key = ("elements", str(folder.path))
@@ -138,6 +143,19 @@ class Planner:
             self._known[key] = compute()
         result: Result = self._known[key]
         return result
+
+
+def _server_share(config: Config, gpus: int) -> float:
+    """Of a GPU's memory that SGLang's servers keep; 0 where they have GPUs of their own, beyond those of the first node."""
+    native = config.rollout.sglang
+    if int(native.get("base_gpu_id", 0)) >= min(gpus, NODE):
+        return 0.0
+    if "mem_fraction_static" not in native:
+        raise OpdError(
+            "rollout.sglang.mem_fraction_static: not set, so the servers would take what they find of the GPUs that they share "
+            "with the training; set it, or rollout.sglang.base_gpu_id to GPUs of their own"
+        )
+    return float(native["mem_fraction_static"])
 
 
 def _scored(config: Config, models: Models) -> dict[str, ModelSpec]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_opd.advisor.plan import Plan, RankClass
+from megatron_opd.advisor.planner import NODE
 from megatron_opd.advisor.sizes import gib, mib
 
-_NODE = 8  # GPUs that share a host, as far as there are so many
 _NOTES = (
     "parameters, gradients, optimizer, frozen weights: as the run's own Megatron objects allocate them; exact",
     "activations, work: measured on those modules; attention, norms and SwiGLU count as the GPU's fused kernels",
@@ -20,7 +20,7 @@ def render(plan: Plan, memory: int, reserve: int) -> str:
     """What there is to share out, each rank's parts, and the phases."""
     workload, largest = plan.workload, plan.largest
     unit, amount = ("GiB", gib) if plan.peak >= 2**30 else ("MiB", mib)
-    node = min(plan.gpus, _NODE)
+    node = min(plan.gpus, NODE)
     lines = [
         f"layout       {plan.layout} on {plan.gpus} GPUs",
         f"micro-batch  {workload.tokens} tokens in sequences of up to {max(workload.lengths)}; "

@@ -22,7 +22,10 @@ class Fleet:
     def _start(self, spec: ServerSpec, count: int) -> None:
         for number in range(count):
             log = spec.log.with_name(f"{spec.log.stem}-{number}{spec.log.suffix}")
-            self._servers.append(Server(replace(spec, log=log, seed=spec.seed + number)))
+            arguments = dict(spec.arguments)
+            if spec.device == "cuda":  # each on GPUs of its own
+                arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + number * spec.tp
+            self._servers.append(Server(replace(spec, log=log, seed=spec.seed + number, arguments=arguments)))
 
     def wait_until_ready(self, timeout: float) -> Sequence[Endpoint]:
         """Where they are reached, on the first rank. Raises OpdError, and stops all, where one does not come up."""

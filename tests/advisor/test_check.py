@@ -148,7 +148,7 @@ def test_what_fits_nowhere_says_what_would(big: Path, capsys: pytest.CaptureFixt
 def test_an_engine_of_whole_models_is_named(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, output, _ = check(capsys, big, "mixture.student=1", "--gpus", "64", "--memory", "80GB")
     assert code == 1
-    assert "the embedded engine keeps 131.42 GiB of whole models on every GPU" in output
+    assert "the engine keeps 131.42 GiB on every GPU" in output and "rollout.backend=sglang" in output
 
 
 def test_a_frozen_model_in_stages_of_its_own_has_classes_of_its_own(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,3 +265,16 @@ def test_bad_input_is_one_line(
     assert (code, output) == (2, "")
     assert error.count("\n") == 1, error
     assert not [fragment for fragment in expected if fragment not in error], error
+
+
+def test_sglang_takes_its_share_of_the_gpus_that_it_is_on(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("mixture.student=1", "rollout.backend=sglang", "--gpus", "64", "--memory", "80GB")
+    share = f"{40e9 / 2**30:.2f}"
+    output = check(capsys, big, "rollout.sglang={mem_fraction_static: 0.5}", *options)[1]
+    rows = [line.split() for line in output.splitlines() if re.match(r"pp \d/4", line)]
+    assert {row[-1] for row in rows[:4]} == {share}
+    output = check(capsys, big, "rollout.sglang={base_gpu_id: 8}", *options)[1]
+    rows = [line.split() for line in output.splitlines() if re.match(r"pp \d/4", line)]
+    assert {row[-1] for row in rows[:4]} == {"0.00"}
+    code, _, error = check(capsys, big, *options)
+    assert code == 2 and "rollout.sglang.mem_fraction_static: not set" in error
