@@ -221,6 +221,11 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "fewer prompts than a step takes": (put("data.prompts_per_step", 100), ["data.prompts_per_step", "100", "60"]),
     "held-out prompts are trained on": (heldout_is_trained_on, ["eval.prompts", "trained on"]),
+    "SGLang's arguments without SGLang": (put("rollout.sglang", {"tp_size": 2}), ["rollout.sglang", "rollout.backend=sglang"]),
+    "no SGLang in the environment": (
+        put("rollout.backend", "sglang"),
+        ["rollout.python", "no package sglang", "install sglang==0.5.21"],
+    ),
     "damaged checkpoint": (damaged_checkpoint, ["checkpoint.resume", "iter_0000002, common.pt is missing", "delete them"]),
     "load without a checkpoint": (load_from("student"), ["student.load", "not a torch_dist checkpoint", "iter_"]),
     "random and loaded": (both(put("student.init", "random"), load_from("student")), ["student.load", "student.init=random"]),
