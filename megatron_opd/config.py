@@ -96,6 +96,9 @@ class RolloutConfig(_Section):
     backend: Literal["embedded", "sglang"] = "embedded"  # sglang: servers in processes and an environment of their own
     sampling: SamplingConfig = SamplingConfig()
     max_batch_size: int = Field(default=64, ge=1)  # sequences decoded at once on each rank, or at each server
+    # Nats a token: mean |log pi_trainer - log pi_engine| of a step's rollouts; ours. Kernels differ by some 0.01 in bf16, an
+    # engine that has other weights by 1 and more. null: no bound.
+    max_engine_gap: float | None = Field(default=0.2, gt=0)
     engines: int = Field(default=1, ge=1)  # SGLang servers
     tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each
     python: str | None = None  # the interpreter of SGLang's environment; null: this one

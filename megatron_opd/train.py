@@ -106,7 +106,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         reporter.step(state, stats, record, rollouts, alarms)
         state.monitors = system.monitors.state_dict()
         saver.poll()
-        _stop_if_needed(config, state, alarms, saver)
+        _stop_if_needed(config, state, stats, alarms, saver)
         if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
             saver.save(state)
     return state
@@ -124,12 +124,19 @@ def _count_skips(state: TrainState, stats: StepStats) -> None:
     state.consecutive_skips = state.consecutive_skips + 1 if stats.skipped else 0
 
 
-def _stop_if_needed(config: Config, state: TrainState, alarms: Sequence[Alarm], saver: Saver) -> None:
+def _stop_if_needed(config: Config, state: TrainState, stats: StepStats, alarms: Sequence[Alarm], saver: Saver) -> None:
     """Raises RunStopped, after a checkpoint where the weights are still good."""
     if state.consecutive_skips >= config.run.max_skipped_steps:
         raise RunStopped(
             f"step {state.step}: {state.consecutive_skips} steps in a row had a non-finite loss or gradient; the checkpoints "
             f"in {saver.folder} are intact; lower optimizer.lr, or look at the last samples"
+        )
+    gap, bound = stats.terms.engine_gap, config.rollout.max_engine_gap
+    if bound is not None and gap > bound:
+        raise RunStopped(
+            f"step {state.step}: the engine's log-probabilities differ from the trainer's by {gap:.3g} nats a token, more than "
+            f"rollout.max_engine_gap={bound}: it has other weights or computes otherwise; the checkpoints in {saver.folder} "
+            "are from before"
         )
     stops = [alarm for alarm in alarms if alarm.level == "stop"]
     if stops:

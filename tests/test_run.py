@@ -171,6 +171,15 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     assert 0 < moved < 5e-3  # one step at a learning rate of 1e-3 from the weights that were saved
 
 
+def test_run_stops_where_engine_and_trainer_disagree(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    apart = {**config, "run": {**config["run"], "name": "apart", "dir": str(folder / "apart")}, "eval": None}
+    result = runs.run(folder, apart, "rollout.max_engine_gap=1e-9", "checkpoint.every=1")
+    assert result.returncode == 1
+    assert "step 1: the engine's log-probabilities differ" in result.stderr and "rollout.max_engine_gap=1e-09" in result.stderr
+    assert not (folder / "apart" / "checkpoints").exists()
+
+
 def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     before = load_file(folder / "run" / "hf" / "model.safetensors")

@@ -196,6 +196,16 @@ def test_arguments_are_checked_against_the_installed_package() -> None:
             check_arguments(str(PYTHON), {name: 1})
 
 
+def test_engine_that_computes_otherwise_stops_the_run(tmp_path: Path) -> None:
+    config = runs.make_inputs(tmp_path)
+    native = {"json_model_override_args": '{"rms_norm_eps": 0.5}'}
+    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "sglang": native}
+    result = runs.run(tmp_path, {**config, "eval": None})
+    assert result.returncode == 1
+    assert "step 1: the engine's log-probabilities differ from the trainer's by" in result.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_run_through_sglang(tmp_path: Path) -> None:
     config = runs.make_inputs(tmp_path)
     config["run"]["steps"] = 3
