@@ -30,6 +30,8 @@ from megatron_opd.sglang.server import ServerSpec
 from megatron_opd.types import RolloutEngine, Scorer, WeightSync
 from megatron_opd.weight_sync.collective import CollectiveSync
 from megatron_opd.weight_sync.memory import MemorySync
+from megatron_opd.weight_sync.shards import OwnShards, has_own_shards
+from megatron_opd.weight_sync.whole import WholeTensors
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,13 @@ def _reach_servers(
         in_flight=rollout.max_batch_size,
         timeout=rollout.request_timeout,
     )
+    tp, timeout = rollout.tp, rollout.request_timeout
+    own_shards = has_own_shards(trainer.spec, tp, platform.device.type)
+    transport = OwnShards(trainer.spec.dims, tp, timeout) if own_shards else WholeTensors(tp, timeout)
     weight_sync = CollectiveSync(
         trainer,
         endpoints,
-        engine_tp=rollout.tp,
+        transport,
         host=rollout.host,
         backend=platform.backend,
         bucket_bytes=rollout.sync_bucket_bytes,

@@ -21,9 +21,22 @@ import httpx
 from megatron_opd.types import OpdError
 
 _CPU_STAND_INS = Path(__file__).with_name("cpu")
+_ENGINE_SIDE = Path(__file__).with_name("engine_side")  # the loader of weights
+LOADER = "opd_weights.receive"
 _LAST_LINES = 3  # of a log, in messages
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_OURS = {"model_path", "tp_size", "host", "port", "api_key", "dtype", "device", "skip_server_warmup", "random_seed"}
+_OURS = {
+    "model_path",
+    "tp_size",
+    "host",
+    "port",
+    "api_key",
+    "dtype",
+    "device",
+    "skip_server_warmup",
+    "random_seed",
+    "custom_weight_loader",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class Server:
             "device": spec.device,
             "random_seed": spec.seed,
             "skip_server_warmup": True,
+            "custom_weight_loader": [LOADER],
             **(_CPU_ARGUMENTS if spec.device == "cpu" else {}),
             **spec.arguments,
         }
@@ -142,18 +156,19 @@ _CPU_ARGUMENTS: dict[str, Any] = {
 
 def _environment(spec: ServerSpec) -> dict[str, str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    paths = [_ENGINE_SIDE]
     # torchrun's variables would make the server's ranks join ours.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"):
         environment.pop(name, None)
     if spec.device == "cpu":
         cores = os.cpu_count() or 1
+        paths.append(_CPU_STAND_INS)
         environment |= {
-            "PYTHONPATH": str(_CPU_STAND_INS),
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": "1",
             "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank % cores) for rank in range(spec.tp)),
         }
-    return environment
+    return {**environment, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def check_arguments(python: str, arguments: Mapping[str, Any]) -> None:

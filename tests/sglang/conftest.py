@@ -31,7 +31,7 @@ def spec(model: Path, log: Path, tp: int = 1, **arguments: object) -> ServerSpec
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sglang") / "model"
-    make_model(folder, "qwen3", layers=4, seed=3, max_positions=256)
+    make_model(folder, "qwen3", layers=4, hidden=128, seed=3, max_positions=256)
     return folder
 
 

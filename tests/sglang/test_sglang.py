@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
@@ -22,7 +23,10 @@ from megatron_opd.sglang.client import Client, Endpoint, EngineError, generation
 from megatron_opd.sglang.server import Server, check_arguments
 from megatron_opd.types import OpdError, Prompt, Rollout, RolloutRequest, SamplingParams, Source
 from megatron_opd.weight_sync.collective import CollectiveSync
+from megatron_opd.weight_sync.shards import OwnShards
+from megatron_opd.weight_sync.whole import WholeTensors
 from tests import runs
+from tests.conftest import Table
 from tests.mcore.training import Case, build_trainer
 from tests.mcore.worlds import open_layout
 from tests.sglang.conftest import PYTHON, spec
@@ -38,14 +42,18 @@ def endpoints_of(servers: Sequence[Server]) -> list[Endpoint]:
 
 
 def push_and_generate(
-    folder: str, parallel: ParallelConfig, endpoints: list[Endpoint], engine_tp: int, sampling: SamplingParams
-) -> list[Rollout]:
+    folder: str,
+    parallel: ParallelConfig,
+    endpoints: list[Endpoint],
+    engine_tp: int,
+    sampling: SamplingParams,
+    whole: bool = False,
+) -> tuple[list[Rollout], int]:
     """The folder's weights through a trainer in ``parallel`` to the servers, then two responses to each prompt."""
     layout, platform = open_layout(parallel)
     trainer = build_trainer(folder, Case(parallel=parallel), layout, platform)
-    sync = CollectiveSync(
-        trainer, endpoints, engine_tp=engine_tp, host="127.0.0.1", backend="gloo", bucket_bytes=20_000, timeout=60.0
-    )
+    transport = WholeTensors(engine_tp, 60.0) if whole else OwnShards(trainer.spec.dims, engine_tp, 60.0)
+    sync = CollectiveSync(trainer, endpoints, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=60.0)
     sync.push(VERSION)
     engine = SGLangEngine(
         endpoints,
@@ -62,7 +70,7 @@ def push_and_generate(
     ]
     rollouts = engine.generate(requests, sampling)
     sync.leave()
-    return rollouts
+    return rollouts, sync.received
 
 
 def log_probs(folder: Path, rollout: Rollout, sampling: SamplingParams) -> torch.Tensor:
@@ -76,21 +84,27 @@ def log_probs(folder: Path, rollout: Rollout, sampling: SamplingParams) -> torch
     return chosen
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["own shards", "whole tensors"])
 @pytest.mark.parametrize(
     ("parallel", "engine_tp"),
     [(ParallelConfig(tp=2), 1), (ParallelConfig(tp=2), 2), (ParallelConfig(pp=2), 2), (ParallelConfig(), 1)],
     ids=["tp2 to tp1", "tp2 to tp2", "pp2 to tp2", "tp1 to tp1"],
 )
 def test_log_probabilities_are_those_of_the_pushed_weights(
-    pool: WorkerPool, model: Path, servers: list[Server], parallel: ParallelConfig, engine_tp: int
+    pool: WorkerPool, model: Path, servers: list[Server], table: Table, parallel: ParallelConfig, engine_tp: int, whole: bool
 ) -> None:
     sampling = SamplingParams(0.7, 0.9, 12, (1, 2), 90)  # ids from 90 on are unknown to another model
     (endpoint,) = endpoints_of([server for server in servers if server.spec.tp == engine_tp])
     everywhere = pool.run(
-        parallel.model_parallel_size, push_and_generate, str(model), parallel, [endpoint], engine_tp, sampling
+        parallel.model_parallel_size, push_and_generate, str(model), parallel, [endpoint], engine_tp, sampling, whole
     )
-    assert all(rollouts == everywhere[0] for rollouts in everywhere)
-    for rollout in everywhere[0]:
+    assert all(rollouts == everywhere[0][0] for rollouts, _ in everywhere)
+    all_bytes = sum(weight.nbytes for weight in load_file(model / "model.safetensors").values())
+    share = everywhere[0][1] / (all_bytes / engine_tp)
+    assert (share == engine_tp) if whole else (share < 1.02)  # norms are on every rank
+    row = f"tp{parallel.tp} pp{parallel.pp} -> engine tp{engine_tp}, {'whole tensors' if whole else 'own shards'}"
+    table.add("bytes that an engine rank received / (bytes of the model / engine tp)", row, f"{share:.3f}")
+    for rollout in everywhere[0][0]:
         assert rollout.policy_version == VERSION
         assert max(rollout.response_ids) < 90
         assert (rollout.finish_reason == "stop") == (rollout.response_ids[-1] in (1, 2))
@@ -159,7 +173,8 @@ def test_request_that_the_server_refuses_is_an_error_with_its_name(servers: list
 def push_to_a_stopped_server(folder: str, endpoint: Endpoint, pid: int) -> tuple[str, float]:
     layout, platform = open_layout(ParallelConfig(tp=2))
     trainer = build_trainer(folder, Case(parallel=ParallelConfig(tp=2)), layout, platform)
-    sync = CollectiveSync(trainer, [endpoint], engine_tp=1, host="127.0.0.1", backend="gloo", bucket_bytes=20_000, timeout=5.0)
+    transport = OwnShards(trainer.spec.dims, 1, 5.0)
+    sync = CollectiveSync(trainer, [endpoint], transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=5.0)
     if layout.tp_rank == 0:
         os.killpg(pid, signal.SIGSTOP)
     start = time.monotonic()
