@@ -117,11 +117,12 @@ class Planner:
         """As ``setup.build_system`` builds them."""
         engines, share = [], 0
         mixture, prompts = config.mixture, config.data.prompts_per_step
-        if (mixture.student or config.eval) and config.rollout.backend == "sglang":
+        samples, served = mixture.student or config.eval, config.rollout.backend == "sglang"
+        if served and (samples or mixture.teacher):
             share = int(self.memory * _server_share(config, gpus))
-        elif mixture.student or config.eval:
+        elif samples:
             engines.append((models.student, prompts * mixture.student))
-        if mixture.teacher or (config.eval and config.eval.teacher):
+        if not served and (mixture.teacher or (config.eval and config.eval.teacher)):
             engines += [(folder, prompts * mixture.teacher) for folder in models.teachers.values()]
         sizes = [self._engine(config, models, folder, responses, gpus) for folder, responses in engines]
         return EngineBytes(share + sum(each.weights for each in sizes), max((each.cache for each in sizes), default=0))

@@ -12,25 +12,27 @@ from megatron_opd.types import OpdError
 
 
 class Fleet:
-    """Every method is collective over the world; the servers are children of the first rank."""
+    """The servers are children of the first rank. All methods but :meth:`stop` are collective over the world."""
 
-    def __init__(self, spec: ServerSpec, count: int) -> None:
-        """Start them; logs and seeds are told apart by number. Raises OpdError."""
+    def __init__(self, specs: Sequence[ServerSpec]) -> None:
+        """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places. Raises OpdError."""
         self._servers: list[Server] = []
-        on_first_rank(lambda: self._start(spec, count))
+        on_first_rank(lambda: self._start(specs))
 
-    def _start(self, spec: ServerSpec, count: int) -> None:
-        for number in range(count):
-            log = spec.log.with_name(f"{spec.log.stem}-{number}{spec.log.suffix}")
+    def _start(self, specs: Sequence[ServerSpec]) -> None:
+        taken = 0  # GPUs
+        for number, spec in enumerate(specs):
             arguments = dict(spec.arguments)
-            if spec.device == "cuda":  # each on GPUs of its own
-                arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + number * spec.tp
+            if spec.device == "cuda":
+                arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + taken
+            taken += spec.tp
+            log = spec.log.with_name(f"{number}-{spec.log.name}")
             self._servers.append(Server(replace(spec, log=log, seed=spec.seed + number, arguments=arguments)))
 
-    def wait_until_ready(self, timeout: float) -> Sequence[Endpoint]:
-        """Where they are reached, on the first rank. Raises OpdError, and stops all, where one does not come up."""
+    def wait_until_ready(self, timeout: float) -> list[tuple[str, Endpoint]]:
+        """Each server's name, and on the first rank where it is reached. Raises OpdError, and stops all, where one is not."""
         on_first_rank(lambda: self._wait(timeout))
-        return [Endpoint(server.url, server.api_key) for server in self._servers]
+        return [(server.spec.name, Endpoint(server.url, server.api_key)) for server in self._servers]
 
     def _wait(self, timeout: float) -> None:
         try:
@@ -41,7 +43,7 @@ class Fleet:
             raise
 
     def stop(self) -> None:
-        """Not collective: the first rank's servers end, elsewhere there are none."""
+        """The first rank's servers end; elsewhere there are none."""
         for server in self._servers:
             server.stop()
         self._servers.clear()

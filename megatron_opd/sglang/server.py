@@ -43,6 +43,7 @@ _OURS = {
 class ServerSpec:
     """What to start."""
 
+    name: str  # whose weights it has
     python: str  # interpreter of the environment that has sglang
     model: Path
     tp: int

@@ -16,6 +16,7 @@ START_UP_SECONDS = 240.0
 
 def spec(model: Path, log: Path, tp: int = 1, **arguments: object) -> ServerSpec:
     return ServerSpec(
+        name="student",
         python=str(PYTHON),
         model=model,
         tp=tp,

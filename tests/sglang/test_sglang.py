@@ -30,6 +30,7 @@ from tests.conftest import Table
 from tests.mcore.training import Case, build_trainer
 from tests.mcore.worlds import open_layout
 from tests.sglang.conftest import PYTHON, spec
+from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
 pytestmark = pytest.mark.sglang
@@ -221,14 +222,25 @@ def test_engine_that_computes_otherwise_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_run_through_sglang(tmp_path: Path) -> None:
+@pytest.mark.parametrize("student", ["dense", "experts"])
+def test_run_through_sglang(tmp_path: Path, student: str) -> None:
     config = runs.make_inputs(tmp_path)
     config["run"]["steps"] = 3
-    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "engines": 2, "max_batch_size": 8}
+    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "max_batch_size": 8}
+    if student == "dense":  # two servers for the student, one for the teacher, who writes too
+        config["rollout"]["engines"] = 2
+    else:
+        words = [str(number) for number in range(40)] + ["+", "=", "."]
+        make_model(tmp_path / "student", "qwen3_moe", vocab_size=53, vocab_words=words, seed=1)
+        config["student"]["parallel"] = {"ep": 2, "dp": 2}
+        config["teacher"]["parallel"] = {"tp": 2}
+        config["eval"]["teacher"] = False
+        config["mixture"]["teacher"] = 0
     result = runs.run(tmp_path, config)
     assert result.returncode == 0, result.stderr
     steps = runs.metrics(tmp_path / "run")[1:]
     assert [record["policy_version"] for record in steps] == [1, 2, 3]
     for record in steps:
         assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats
-    assert (tmp_path / "run" / "sglang-1.log").is_file()
+    logs = sorted(file.name for file in (tmp_path / "run" / "sglang").iterdir())
+    assert logs == (["0-student.log", "1-student.log", "2-teacher.log"] if student == "dense" else ["0-student.log"])

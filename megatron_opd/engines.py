@@ -1,0 +1,143 @@
+"""The engines of a run, embedded or served by SGLang, and the way of the student's weights to its own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_opd.config import Config
+from megatron_opd.hf_folder import HFFolder
+from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.trainer import Trainer
+from megatron_opd.preflight import Inputs, dtype_of
+from megatron_opd.rollout.embedded import EmbeddedEngine
+from megatron_opd.rollout.routed import RoutedEngine
+from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.sglang.client import Endpoint
+from megatron_opd.sglang.fleet import Fleet
+from megatron_opd.sglang.server import ServerSpec
+from megatron_opd.types import RolloutEngine, WeightSync
+from megatron_opd.weight_sync.collective import CollectiveSync, Transport
+from megatron_opd.weight_sync.memory import MemorySync
+from megatron_opd.weight_sync.shards import OwnShards, has_own_shards
+from megatron_opd.weight_sync.whole import WholeTensors
+
+_STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Engines:
+    student: RolloutEngine | None  # None: nothing is sampled (only gold, no evaluation)
+    teacher: RolloutEngine | None
+    weight_sync: WeightSync | None
+
+
+def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet | None:
+    """They start while the models are built. The student's come up with random weights: one that is never pushed shows."""
+    if config.rollout.backend != "sglang":
+        return None
+    specs = []
+    if _samples(config):
+        arguments = {"load_format": "dummy", **config.rollout.sglang}
+        specs += [_spec(config, platform, _STUDENT, inputs.student, arguments)] * config.rollout.engines
+    if _teacher_writes(config):
+        specs += [
+            _spec(config, platform, _server_name(name), folder, config.rollout.sglang)
+            for name, folder in inputs.teachers.items()
+        ]
+    return Fleet(specs) if specs else None
+
+
+def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Engines:
+    """Collective over the world. Raises OpdError where a server does not come up."""
+    if servers is not None:
+        return _reach_servers(config, inputs, platform, trainer, servers)
+    student = _embed(config, inputs, platform, inputs.student.path, load=False) if _samples(config) else None
+    teacher = None
+    if inputs.teachers and _teacher_writes(config):
+        own = {name: _embed(config, inputs, platform, folder.path, load=True) for name, folder in inputs.teachers.items()}
+        teacher = RoutedEngine(own, inputs.teacher_stop_ids)
+    return Engines(student, teacher, MemorySync(trainer, student) if student else None)
+
+
+def _samples(config: Config) -> bool:
+    return config.mixture.student > 0 or config.eval is not None
+
+
+def _teacher_writes(config: Config) -> bool:
+    return config.mixture.teacher > 0 or (config.eval is not None and config.eval.teacher)
+
+
+def _embed(config: Config, inputs: Inputs, platform: Platform, folder: Path, *, load: bool) -> EmbeddedEngine:
+    """One replica on every rank: rollouts are shared out over the whole world."""
+    return EmbeddedEngine(
+        folder,
+        inputs.tokenizer,
+        dtype=dtype_of(config),
+        device=platform.device,
+        max_batch_size=config.rollout.max_batch_size,
+        load=load,
+        group=dist.group.WORLD,
+    )
+
+
+def _server_name(teacher: str) -> str:
+    return f"teacher-{teacher}" if teacher else "teacher"
+
+
+def _spec(config: Config, platform: Platform, name: str, folder: HFFolder, arguments: dict[str, object]) -> ServerSpec:
+    rollout = config.rollout
+    return ServerSpec(
+        name=name,
+        python=rollout.python or sys.executable,
+        model=folder.path,
+        tp=rollout.tp,
+        dtype=config.student.dtype,
+        device=platform.device.type,
+        host=rollout.host,
+        seed=config.run.seed,
+        arguments=arguments,
+        log=Path(config.run.dir) / "sglang" / f"{name}.log",
+    )
+
+
+def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet) -> Engines:
+    endpoints = servers.wait_until_ready(config.rollout.startup_timeout)
+
+    def engine(name: str, folder: HFFolder, *, frozen: bool) -> SGLangEngine:
+        return SGLangEngine(
+            [endpoint for server, endpoint in endpoints if server == name],
+            inputs.tokenizer,
+            context=folder.config.max_position_embeddings,
+            vocab_size=folder.config.vocab_size,
+            in_flight=config.rollout.max_batch_size,
+            timeout=config.rollout.request_timeout,
+            frozen=frozen,
+        )
+
+    student, teacher, weight_sync = None, None, None
+    if _samples(config):
+        student = engine(_STUDENT, inputs.student, frozen=False)
+        weight_sync = _sync(config, platform, trainer, student.endpoints)
+    if inputs.teachers and _teacher_writes(config):
+        own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
+        teacher = RoutedEngine(own, inputs.teacher_stop_ids)
+    return Engines(student, teacher, weight_sync)
+
+
+def _sync(config: Config, platform: Platform, trainer: Trainer, endpoints: list[Endpoint]) -> WeightSync:
+    tp, timeout = config.rollout.tp, config.rollout.request_timeout
+    own_shards = has_own_shards(trainer.spec, tp, platform.device.type)
+    transport: Transport = OwnShards(trainer.spec.dims, tp, timeout) if own_shards else WholeTensors(tp, timeout)
+    return CollectiveSync(
+        trainer,
+        endpoints,
+        transport,
+        host=config.rollout.host,
+        backend=platform.backend,
+        bucket_bytes=config.rollout.sync_bucket_bytes,
+        timeout=timeout,
+    )
