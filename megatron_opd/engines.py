@@ -39,15 +39,12 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
     """They start while the models are built. The student's come up with random weights: one that is never pushed shows."""
     if config.rollout.backend != "sglang":
         return None
-    specs = []
+    specs, native = [], config.rollout.sglang
     if _samples(config):
-        arguments = {"load_format": "dummy", **config.rollout.sglang}
-        specs += [_spec(config, platform, _STUDENT, inputs.student, arguments)] * config.rollout.engines
+        spec = _spec(config, platform, _STUDENT, inputs.student, {"load_format": "dummy", **native})
+        specs += [spec] * config.rollout.engines
     if _teacher_writes(config):
-        specs += [
-            _spec(config, platform, _server_name(name), folder, config.rollout.sglang)
-            for name, folder in inputs.teachers.items()
-        ]
+        specs += [_spec(config, platform, _server_name(name), folder, native) for name, folder in inputs.teachers.items()]
     return Fleet(specs) if specs else None
 
 
