@@ -156,7 +156,7 @@ def test_requests_of_a_lost_server_go_to_the_others(
     asks = [greedy((number + 3, 4, 5), 5) for number in range(20)]
     (healthy,) = endpoints_of(servers[:1])
     expected, _ = dispatch(asks, [healthy], in_flight=4, timeout=60.0)
-    responses, lost = dispatch(asks, [dead_endpoint, silent_endpoint, healthy], in_flight=4, timeout=5.0)
+    responses, lost = dispatch(asks, [dead_endpoint, silent_endpoint, healthy], in_flight=4, timeout=20.0)
     assert set(lost) == {dead_endpoint.url, silent_endpoint.url}
     assert [each.token_ids for each in responses] == [each.token_ids for each in expected]
     with pytest.raises(EngineError, match="no engine is left"):
@@ -174,8 +174,8 @@ def test_request_that_the_server_refuses_is_an_error_with_its_name(servers: list
 def push_to_a_stopped_server(folder: str, endpoint: Endpoint, pid: int) -> tuple[str, float]:
     layout, platform = open_layout(ParallelConfig(tp=2))
     trainer = build_trainer(folder, Case(parallel=ParallelConfig(tp=2)), layout, platform)
-    transport = OwnShards(trainer.spec.dims, 1, 5.0)
-    sync = CollectiveSync(trainer, [endpoint], transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=5.0)
+    transport = OwnShards(trainer.spec.dims, 1, 15.0)
+    sync = CollectiveSync(trainer, [endpoint], transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=15.0)
     if layout.tp_rank == 0:
         os.killpg(pid, signal.SIGSTOP)
     start = time.monotonic()
@@ -192,8 +192,8 @@ def test_hung_server_is_named_and_nothing_hangs(pool: WorkerPool, model: Path, t
         server.wait_until_ready(240.0)
         (endpoint,) = endpoints_of([server])
         for message, seconds in pool.run(2, push_to_a_stopped_server, str(model), endpoint, server.pid):
-            assert endpoint.url in message and "no answer in 5 s" in message
-            assert seconds < 30
+            assert endpoint.url in message and "no answer in 15 s" in message
+            assert seconds < 60
     finally:
         server.stop()
     assert not server.alive
