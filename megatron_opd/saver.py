@@ -35,6 +35,8 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or issubclass(kind, RunStopped):
             self.finish()
+        elif self._pending is not None:
+            self._pending.abandon()
 
     def save(self, state: TrainState) -> None:
         """With ``checkpoint.async_save`` the writing goes on when this returns; ``state`` may change."""

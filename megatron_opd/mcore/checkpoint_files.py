@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_opd.processes import end_with_parent
 from megatron_opd.types import OpdError
 
 Result = TypeVar("Result")
@@ -122,6 +124,7 @@ class CheckpointWrite:
         self.target, self.content, self.keep = target, content, keep
         self.partial = target.with_name(f".{target.name}.partial")
         self._first = dist.get_rank() == 0
+        self._process: ForkProcess | None = None
         with self._cleaned_up():
             _together(lambda: _make_room(self.partial) if self._first else None)
             _together(lambda: self._start(prepare))
@@ -130,14 +133,15 @@ class CheckpointWrite:
         self._writer = prepare(self.partial)
         fork = multiprocessing.get_context("fork")
         self._results, results = fork.Pipe(duplex=False)
-        self._process = fork.Process(target=_write_and_list, args=(self._writer.write, self.partial, results))
-        self._process.start()
+        process = fork.Process(target=_write_and_list, args=(self._writer.write, self.partial, self._results, results))
+        process.start()
+        self._process = process
         results.close()
 
     def written(self) -> bool:
         """Whether the processes of all ranks have ended; :meth:`finish` does not wait then."""
         ended: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ended, self._results.poll() or not self._process.is_alive())
+        dist.all_gather_object(ended, self._results.poll() or not self._alive())
         return all(ended)
 
     def finish(self) -> Path:
@@ -148,19 +152,32 @@ class CheckpointWrite:
             files = {name: entry for part in parts for name, entry in part.items()}
             _together(lambda: self._commit(files) if self._first else None)
         if self._first:
-            for path in checkpoints(self.target.parent)[self.keep :]:
+            # Those of later steps are of a run before, which resumed from an earlier one: they are damaged, or left behind.
+            older = [path for path in checkpoints(self.target.parent) if number(path) < number(self.target)]
+            for path in older[self.keep - 1 :]:
                 with suppress(OSError):
                     (path / STATE).unlink()  # first: half a checkpoint is then none
                     shutil.rmtree(path)
         dist.barrier()
         return self.target
 
+    def abandon(self) -> None:
+        """End this rank's process; not collective. What was written stays in a folder that no run reads."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+    def _alive(self) -> bool:
+        return self._process is not None and self._process.is_alive()
+
     def _collect(self) -> Files:
         try:
             files, self._result, failure = self._results.recv()
         except EOFError:
             failure = "the writing process was killed"
-        self._process.join()
+        if self._process is not None:
+            self._process.join()
         if failure:
             raise OSError(failure)
         return cast(Files, files)
@@ -191,6 +208,8 @@ class CheckpointWrite:
         try:
             yield
         except SaveFailed:
+            self.abandon()
+            dist.barrier()  # no process writes any more
             if self._first:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 with suppress(OSError):
@@ -199,8 +218,12 @@ class CheckpointWrite:
             raise
 
 
-def _write_and_list(write: Callable[[], tuple[list[Path], object]], folder: Path, results: Connection) -> None:
+def _write_and_list(
+    write: Callable[[], tuple[list[Path], object]], folder: Path, reading: Connection, results: Connection
+) -> None:
     """In the writing process: sends the files' sizes and digests, or what went wrong."""
+    reading.close()  # the trainer's end: without it there, sending fails instead of waiting
+    end_with_parent()
     gc.disable()  # collecting what the trainer owns would reach for its GPU
     try:
         files, result = write()

@@ -68,7 +68,7 @@ async def _dispatch(
             attempts[place] += 1
             try:
                 results[place] = await _generate(asks[place], endpoint, http)
-            except (httpx.HTTPError, EngineError) as error:
+            except (httpx.HTTPError, EngineError, ValueError) as error:
                 waiting.appendleft(place)
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if isinstance(error, httpx.TimeoutException) or not await _healthy(endpoint, http):

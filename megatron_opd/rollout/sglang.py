@@ -54,7 +54,7 @@ class SGLangEngine:
         )
         self.endpoints = [each for each in self.endpoints if each.url not in lost]
         for url, reason in lost.items():
-            print(f"megatron-opd: SGLang server {url} is lost ({reason}); the others go on", file=sys.stderr)
+            print(f"megatron-opd: SGLang server {url} is lost ({reason}); the others take its requests", file=sys.stderr)
         for response in responses:
             if response.stopped and response.token_ids[-1] not in sampling.stop_ids:
                 raise OpdError(

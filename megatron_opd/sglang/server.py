@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import os
 import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from megatron_opd.processes import end_with_parent
 from megatron_opd.types import OpdError
 
 _CPU_STAND_INS = Path(__file__).with_name("cpu")
 _ENGINE_SIDE = Path(__file__).with_name("engine_side")  # the loader of weights
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
 LOADER = "opd_weights.receive"
 _LAST_LINES = 3  # of a log, in messages
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _OURS = {
     "model_path",
     "tp_size",
@@ -73,7 +73,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=_environment(spec),
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def _command(self) -> list[str]:
@@ -140,9 +140,9 @@ class Server:
 
     def stop(self) -> None:
         """End all of its processes, at once: there is nothing in them to save."""
-        if self.alive:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
 
 
 # The attention backend and the sizes that run on a laptop; a user's own values come after them.
@@ -156,11 +156,10 @@ _CPU_ARGUMENTS: dict[str, Any] = {
 
 
 def _environment(spec: ServerSpec) -> dict[str, str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # torchrun's variables would make the server's ranks join ours, or wait for a store that its agent has.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN)}
+    environment["HF_HUB_OFFLINE"] = "1"
     paths = [_ENGINE_SIDE]
-    # torchrun's variables would make the server's ranks join ours.
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"):
-        environment.pop(name, None)
     if spec.device == "cpu":
         cores = os.cpu_count() or 1
         paths.append(_CPU_STAND_INS)
@@ -214,9 +213,3 @@ def _free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """In the server's first process; its others end with it by SGLang's own doing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

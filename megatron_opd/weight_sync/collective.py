@@ -77,11 +77,11 @@ class CollectiveSync:
         trainer = self._trainer
         trainer.complete_parameters()
         stream = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
-        failure: OpdError | None = None
+        failure: Exception | None = None
         if dist.get_rank() == 0:
             try:
                 self._send(stream, version)
-            except OpdError as error:
+            except (OpdError, RuntimeError) as error:
                 failure = error
         for _ in stream:  # collective, on every rank to its end
             pass

@@ -257,6 +257,15 @@ def test_oldest_checkpoints_go_first(pool: WorkerPool, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
+def test_later_checkpoints_do_not_push_a_new_one_out(pool: WorkerPool, tmp_path: Path) -> None:
+    """A run that left out a damaged checkpoint of step 4 and goes on from step 2."""
+    for step in (2, 4):
+        pool.run(1, write_files, str(tmp_path / f"iter_{step:07d}"), 2)
+    flip_a_byte(tmp_path / "iter_0000004" / "b.distcp")
+    pool.run(1, write_files, str(tmp_path / "iter_0000003"), 1)
+    assert pool.run(1, verified, str(tmp_path))[0][0] == tmp_path / "iter_0000003"
+
+
 def save_in_vain(student: str, folder: str, obstacle: str) -> tuple[str, list[str]]:
     """A good checkpoint, then one that meets the obstacle: its message, and what is left."""
     trainer, _ = _train(student, student, Case(parallel=ParallelConfig(tp=2)), range(1))
