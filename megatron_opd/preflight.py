@@ -103,6 +103,11 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
 
     if config.rollout.backend == "sglang":
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
+        if platform.device.type == "cuda" and not config.rollout.sglang.get("base_gpu_id"):
+            raise OpdError(
+                "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; give "
+                "the first GPU that is free for them, and start on fewer ranks"
+            )
     tokenizer = load_tokenizer(student.path)
     for folder in models.frozen.values():
         if folder.path != student.path:
