@@ -105,8 +105,8 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
         if platform.device.type == "cuda" and not config.rollout.sglang.get("base_gpu_id"):
             raise OpdError(
-                "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; give "
-                "the first GPU that is free for them, and start on fewer ranks"
+                "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
+                "give the first GPU that is free for them, and start on fewer ranks"
             )
     tokenizer = load_tokenizer(student.path)
     for folder in models.frozen.values():
