@@ -7,6 +7,7 @@ every other file. The storage is shared by all ranks.
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -148,8 +149,9 @@ class CheckpointWrite:
         """Wait for the processes, show the checkpoint, delete old ones; returns its folder."""
         with self._cleaned_up():
             parts = _together(self._collect)
-            _together(self._complete)
             files = {name: entry for part in parts for name, entry in part.items()}
+            _together(lambda: self._check_there(files) if self._first else None)
+            _together(self._complete)
             _together(lambda: self._commit(files) if self._first else None)
         if self._first:
             # Those of later steps are of a run before, which resumed from an earlier one: they are damaged, or left behind.
@@ -181,6 +183,12 @@ class CheckpointWrite:
         if failure:
             raise OSError(failure)
         return cast(Files, files)
+
+    def _check_there(self, files: Files) -> None:
+        """Before Megatron's part, in which a folder that is gone would leave the other ranks waiting."""
+        for name in files:
+            if not (self.partial / name).is_file():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.partial / name))
 
     def _complete(self) -> None:
         if self._first:

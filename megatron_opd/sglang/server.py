@@ -61,7 +61,7 @@ class Server:
     def __init__(self, spec: ServerSpec) -> None:
         """Start it; :meth:`wait_until_ready` comes next. The API key is drawn here and known to nobody else."""
         self.spec = spec
-        self.port = _free_port(spec.host)
+        self.port = free_port(spec.host)
         self.url = f"http://{spec.host}:{self.port}"
         self.api_key = secrets.token_urlsafe(24)
         spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def _fields(file: Path) -> set[str]:
     }
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

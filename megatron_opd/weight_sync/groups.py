@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -45,9 +44,3 @@ def results(calls: Sequence[Future[Any]]) -> None:
     """Raises the first failure."""
     for call in calls:
         call.result()
-
-
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -21,8 +21,8 @@ from torch.distributed import ProcessGroup
 from megatron_opd.mcore.hf_mapping import Dimensions
 from megatron_opd.mcore.model import ModelSpec
 from megatron_opd.sglang.client import Client
-from megatron_opd.sglang.server import LOADER
-from megatron_opd.weight_sync.groups import Bucket, free_port, process_group, results, wait_for
+from megatron_opd.sglang.server import LOADER, free_port
+from megatron_opd.weight_sync.groups import Bucket, process_group, results, wait_for
 
 _VOCAB_MULTIPLE = 64  # to which SGLang pads
 _CPU_BLOCK = 64  # to a multiple of which it pads a rank's part of the feed-forward layer on CPU

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_opd.sglang.client import Client
-from megatron_opd.weight_sync.groups import Bucket, free_port, process_group, results, wait_for
+from megatron_opd.sglang.server import free_port
+from megatron_opd.weight_sync.groups import Bucket, process_group, results, wait_for
 
 _GROUP = "megatron_opd_weights"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,6 +287,30 @@ def save_in_vain(student: str, folder: str, obstacle: str) -> tuple[str, list[st
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return "saved", []
+
+
+def save_where_the_folder_vanishes(student: str, folder: str) -> str:
+    """A good checkpoint, then one whose folder is removed when everything but Megatron's last files is in it."""
+    trainer, _ = _train(student, student, Case(parallel=ParallelConfig(tp=2)), range(1))
+    path = Path(folder)
+    start_checkpoint(path, trainer, TrainState(step=1), seed=1, keep=1).finish()
+    write = start_checkpoint(path, trainer, TrainState(step=2), seed=1, keep=1)
+    while not write.written():
+        time.sleep(0.05)
+    if trainer.layout.tp_rank == 0:
+        shutil.rmtree(path / ".iter_0000002.partial")
+    dist.barrier()
+    try:
+        write.finish()
+    except SaveFailed as error:
+        return str(error)
+    return "saved"
+
+
+def test_folder_that_vanishes_is_a_failed_save_on_every_rank(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:
+    for message in pool.run(2, save_where_the_folder_vanishes, models[0], str(tmp_path)):
+        assert message.startswith("No such file or directory") and ".iter_0000002.partial" in message
+    assert pool.run(2, verified, str(tmp_path))[0] == (tmp_path / "iter_0000001", [])
 
 
 @pytest.mark.parametrize(
