@@ -16,8 +16,8 @@ from megatron_opd.preflight import Inputs, dtype_of
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.sglang.client import Endpoint
 from megatron_opd.sglang.fleet import Fleet
+from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import ServerSpec
 from megatron_opd.types import RolloutEngine, WeightSync
 from megatron_opd.weight_sync.collective import CollectiveSync, Transport
@@ -102,11 +102,12 @@ def _spec(config: Config, platform: Platform, name: str, folder: HFFolder, argum
 
 
 def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet) -> Engines:
-    endpoints = servers.wait_until_ready(config.rollout.startup_timeout)
+    servers.wait_until_ready(config.rollout.startup_timeout)
 
     def engine(name: str, folder: HFFolder, *, frozen: bool) -> SGLangEngine:
         return SGLangEngine(
-            [endpoint for server, endpoint in endpoints if server == name],
+            servers.first_rank,
+            servers.roster(name),
             inputs.tokenizer,
             context=folder.config.max_position_embeddings,
             vocab_size=folder.config.vocab_size,
@@ -118,20 +119,21 @@ def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: 
     student, teacher, weight_sync = None, None, None
     if _samples(config):
         student = engine(_STUDENT, inputs.student, frozen=False)
-        weight_sync = _sync(config, platform, trainer, student.endpoints)
+        weight_sync = _sync(config, platform, trainer, servers, student.roster)
     if inputs.teachers and _teacher_writes(config):
         own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
     return Engines(student, teacher, weight_sync)
 
 
-def _sync(config: Config, platform: Platform, trainer: Trainer, endpoints: list[Endpoint]) -> WeightSync:
+def _sync(config: Config, platform: Platform, trainer: Trainer, servers: Fleet, roster: Roster) -> WeightSync:
     tp, timeout = config.rollout.tp, config.rollout.request_timeout
     own_shards = has_own_shards(trainer.spec, tp, platform.device.type)
     transport: Transport = OwnShards(trainer.spec.dims, tp, timeout) if own_shards else WholeTensors(tp, timeout)
     return CollectiveSync(
         trainer,
-        endpoints,
+        servers.first_rank,
+        roster,
         transport,
         host=config.rollout.host,
         backend=platform.backend,

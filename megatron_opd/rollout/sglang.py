@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 
 from megatron_opd.rollout.dispatch import Ask, dispatch
-from megatron_opd.sglang.client import Endpoint, Generated, generation
-from megatron_opd.sglang.first_rank import on_first_rank
+from megatron_opd.sglang.client import Generated, generation
+from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.roster import Roster
 from megatron_opd.types import OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer
 
 _LONGEST_LOGIT_BIAS = 4096  # ids; sent with every request
@@ -19,7 +20,7 @@ class SGLangEngine:
     """Implements :class:`~megatron_opd.types.RolloutEngine`. Every method is collective over the world.
 
     Args:
-        endpoints: of the servers, on the first rank; they hold the same weights.
+        roster: of the servers, on the first rank; they hold the same weights.
         context: tokens of prompt and response together that the model takes.
         vocab_size: rows of the servers' model.
         in_flight: requests at each server at once.
@@ -29,7 +30,8 @@ class SGLangEngine:
 
     def __init__(
         self,
-        endpoints: Sequence[Endpoint],
+        first_rank: FirstRank,
+        roster: Roster,
         tokenizer: Tokenizer,
         *,
         context: int,
@@ -38,23 +40,24 @@ class SGLangEngine:
         timeout: float,
         frozen: bool = False,
     ) -> None:
-        self.endpoints = list(endpoints)
+        self.roster, self._first_rank = roster, first_rank
         self._tokenizer, self._context, self._vocab_size = tokenizer, context, vocab_size
         self._in_flight, self._timeout, self._frozen = in_flight, timeout, frozen
         self._lengths: dict[str, float] = {}  # of the last response to each prompt, tokens
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         """Raises OpdError, on every rank: a prompt leaves no room, no server is left, or one answered with other weights."""
-        return on_first_rank(lambda: self._generate(requests, sampling))
+        return self._first_rank.run(lambda: self._generate(requests, sampling))
 
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         asks = [self._ask(request, sampling) for request in requests]
+        endpoints = self.roster.serving()
         responses, lost = dispatch(
-            asks, self.endpoints, in_flight=self._in_flight, timeout=self._timeout, progress=Progress(len(asks))
+            asks, endpoints, in_flight=self._in_flight, timeout=self._timeout, progress=Progress(len(asks))
         )
-        self.endpoints = [each for each in self.endpoints if each.url not in lost]
-        for url, reason in lost.items():
-            print(f"megatron-opd: SGLang server {url} is lost ({reason}); the others take its requests", file=sys.stderr)
+        for endpoint in endpoints:
+            if endpoint.url in lost:
+                self.roster.lose(endpoint, f"{lost[endpoint.url]}; the others take its requests")
         for response in responses:
             if response.stopped and response.token_ids[-1] not in sampling.stop_ids:
                 raise OpdError(

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_opd.types import OpdError
 
 Result = TypeVar("Result")
+_PATIENCE = timedelta(days=7)
 
 
-def on_first_rank(action: Callable[[], Result]) -> Result:
-    """The first rank's result on every rank; its OpdError too."""
-    cause: Exception | None = None
-    outcome: list[tuple[Result | None, str | None]] = [(None, None)]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(action(), None)]
-        except OpdError as error:
-            outcome = [(None, str(error))]
-        except Exception as error:  # the other ranks wait for an outcome, whatever it is
-            cause = error
-            outcome = [(None, f"{type(error).__name__}: {error}")]
-    dist.broadcast_object_list(outcome, src=0)
-    result, failure = outcome[0]
-    if failure is not None:
-        raise OpdError(failure) from cause
-    return result  # type: ignore[return-value]
+class FirstRank:
+    """Control over a gloo group of its own.
+
+    The other ranks wait for rollouts as long as these take: a time-out would end a healthy run. Where the first rank dies its
+    connections break, and they learn it at once; where a server hangs, the first rank's own time-outs name it.
+    """
+
+    def __init__(self) -> None:
+        """Collective over the world."""
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    @property
+    def here(self) -> bool:
+        return dist.get_rank() == 0
+
+    def run(self, action: Callable[[], Result]) -> Result:
+        """The first rank's result on every rank; its OpdError too. Collective over the world."""
+        cause: Exception | None = None
+        outcome: list[tuple[Result | None, str | None]] = [(None, None)]
+        if self.here:
+            try:
+                outcome = [(action(), None)]
+            except OpdError as error:
+                outcome = [(None, str(error))]
+            except Exception as error:  # the other ranks wait for an outcome, whatever it is
+                cause = error
+                outcome = [(None, f"{type(error).__name__}: {error}")]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        result, failure = outcome[0]
+        if failure is not None:
+            raise OpdError(failure) from cause
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's value, in the order of the ranks, on every rank. Collective over the world."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values

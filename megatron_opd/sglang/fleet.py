@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_opd.sglang.client import Endpoint
-from megatron_opd.sglang.first_rank import on_first_rank
+from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server, ServerSpec
 from megatron_opd.types import OpdError
 
@@ -16,8 +17,9 @@ class Fleet:
 
     def __init__(self, specs: Sequence[ServerSpec]) -> None:
         """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places. Raises OpdError."""
+        self.first_rank = FirstRank()
         self._servers: list[Server] = []
-        on_first_rank(lambda: self._start(specs))
+        self.first_rank.run(lambda: self._start(specs))
 
     def _start(self, specs: Sequence[ServerSpec]) -> None:
         taken = 0  # GPUs
@@ -29,10 +31,13 @@ class Fleet:
             log = spec.log.with_name(f"{number}-{spec.log.name}")
             self._servers.append(Server(replace(spec, log=log, seed=spec.seed + number, arguments=arguments)))
 
-    def wait_until_ready(self, timeout: float) -> list[tuple[str, Endpoint]]:
-        """Each server's name, and on the first rank where it is reached. Raises OpdError, and stops all, where one is not."""
-        on_first_rank(lambda: self._wait(timeout))
-        return [(server.spec.name, Endpoint(server.url, server.api_key)) for server in self._servers]
+    def wait_until_ready(self, timeout: float) -> None:
+        """Raises OpdError, and stops all, where one is not ready after ``timeout`` seconds."""
+        self.first_rank.run(lambda: self._wait(timeout))
+
+    def roster(self, name: str) -> Roster:
+        """Of the servers with the weights ``name``; on the first rank, empty elsewhere."""
+        return Roster(name, [Endpoint(each.url, each.api_key) for each in self._servers if each.spec.name == name])
 
     def _wait(self, timeout: float) -> None:
         try:

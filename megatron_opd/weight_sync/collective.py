@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.trainer import Trainer
-from megatron_opd.sglang.client import Client, Endpoint, EngineError
-from megatron_opd.sglang.first_rank import on_first_rank
+from megatron_opd.sglang.client import Client, EngineError
+from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.roster import Roster
 from megatron_opd.types import OpdError
 from megatron_opd.weight_sync.groups import Bucket, results
 
@@ -39,7 +40,8 @@ class CollectiveSync:
     def __init__(
         self,
         trainer: Trainer,
-        endpoints: Sequence[Endpoint],
+        first_rank: FirstRank,
+        roster: Roster,
         transport: Transport,
         *,
         host: str,
@@ -50,18 +52,19 @@ class CollectiveSync:
         """Join the groups. Raises OpdError on every rank.
 
         Args:
-            endpoints: of the servers, on the first rank.
+            roster: of the servers, on the first rank.
             host: the trainer's address, as the servers reach it.
             backend: "nccl" or "gloo".
             bucket_bytes: of the tensors that are sent together; a larger one goes by itself.
             timeout: seconds for one call.
         """
         self._trainer, self._transport, self._bucket_bytes = trainer, transport, bucket_bytes
-        self._clients = [Client(endpoint, timeout) for endpoint in endpoints]
+        self._first_rank = first_rank
+        self._clients = [Client(endpoint, timeout) for endpoint in roster.candidates()]
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(self._clients)))
         self._sessions = False
         self.received = 0  # bytes, by an engine rank in the last push; on the first rank
-        on_first_rank(lambda: self._join(host, backend))
+        first_rank.run(lambda: self._join(host, backend))
 
     def _join(self, host: str, backend: str) -> None:
         # Between 0.5.19 and 0.5.21 SGLang put updates into sessions.
@@ -90,7 +93,7 @@ class CollectiveSync:
             if failure is not None:
                 raise failure
 
-        on_first_rank(outcome)
+        self._first_rank.run(outcome)
 
     def leave(self) -> None:
         """The first rank and the servers forget the groups; not collective."""

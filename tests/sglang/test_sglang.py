@@ -20,6 +20,8 @@ from megatron_opd.data.tokenizers import load_tokenizer
 from megatron_opd.rollout.dispatch import Ask, dispatch
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.sglang.client import Client, Endpoint, EngineError, generation
+from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server, check_arguments
 from megatron_opd.types import OpdError, Prompt, Rollout, RolloutRequest, SamplingParams, Source
 from megatron_opd.weight_sync.collective import CollectiveSync
@@ -54,10 +56,14 @@ def push_and_generate(
     layout, platform = open_layout(parallel)
     trainer = build_trainer(folder, Case(parallel=parallel), layout, platform)
     transport = WholeTensors(engine_tp, 60.0) if whole else OwnShards(trainer.spec.dims, engine_tp, 60.0)
-    sync = CollectiveSync(trainer, endpoints, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=60.0)
+    first_rank, roster = FirstRank(), Roster("student", endpoints)
+    sync = CollectiveSync(
+        trainer, first_rank, roster, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=60.0
+    )
     sync.push(VERSION)
     engine = SGLangEngine(
-        endpoints,
+        first_rank,
+        roster,
         load_tokenizer(Path(folder)),
         context=256,
         vocab_size=trainer.spec.dims.vocab_size,
@@ -175,7 +181,10 @@ def push_to_a_stopped_server(folder: str, endpoint: Endpoint, pid: int) -> tuple
     layout, platform = open_layout(ParallelConfig(tp=2))
     trainer = build_trainer(folder, Case(parallel=ParallelConfig(tp=2)), layout, platform)
     transport = OwnShards(trainer.spec.dims, 1, 15.0)
-    sync = CollectiveSync(trainer, [endpoint], transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=15.0)
+    roster = Roster("student", [endpoint])
+    sync = CollectiveSync(
+        trainer, FirstRank(), roster, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=15.0
+    )
     if layout.tp_rank == 0:
         os.killpg(pid, signal.SIGSTOP)
     start = time.monotonic()
