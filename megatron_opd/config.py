@@ -106,6 +106,7 @@ class RolloutConfig(_Section):
     startup_timeout: float = Field(default=600.0, gt=0)  # seconds
     request_timeout: float = Field(default=600.0, gt=0)  # seconds for one response, one call, or one broadcast of weights
     sync_bucket_bytes: int = Field(default=1 << 29, ge=1)  # of one broadcast of weights
+    digests: Literal["first", "always"] = "first"  # pushes whose tensors are compared by digest with what the servers then have
     sglang: dict[str, Any] = {}  # native ServerArgs fields, checked against the installed package
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.data import Multiples
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
@@ -20,10 +21,10 @@ from megatron_opd.sglang.fleet import Fleet
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import ServerSpec
 from megatron_opd.types import RolloutEngine, WeightSync
-from megatron_opd.weight_sync.collective import CollectiveSync, Transport
+from megatron_opd.weight_sync.collective import Collective
 from megatron_opd.weight_sync.memory import MemorySync
-from megatron_opd.weight_sync.shards import OwnShards, has_own_shards
-from megatron_opd.weight_sync.whole import WholeTensors
+from megatron_opd.weight_sync.probe import Probe
+from megatron_opd.weight_sync.sync import EngineSync
 
 _STUDENT = "student"
 
@@ -119,24 +120,37 @@ def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: 
     student, teacher, weight_sync = None, None, None
     if _samples(config):
         student = engine(_STUDENT, inputs.student, frozen=False)
-        weight_sync = _sync(config, platform, trainer, servers, student.roster)
+        weight_sync = _sync(config, inputs, platform, trainer, servers, student.roster)
     if inputs.teachers and _teacher_writes(config):
         own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
     return Engines(student, teacher, weight_sync)
 
 
-def _sync(config: Config, platform: Platform, trainer: Trainer, servers: Fleet, roster: Roster) -> WeightSync:
-    tp, timeout = config.rollout.tp, config.rollout.request_timeout
-    own_shards = has_own_shards(trainer.spec, tp, platform.device.type)
-    transport: Transport = OwnShards(trainer.spec.dims, tp, timeout) if own_shards else WholeTensors(tp, timeout)
-    return CollectiveSync(
+def _sync(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet, roster: Roster) -> WeightSync:
+    rollout, first_rank = config.rollout, servers.first_rank
+    carrier = Collective(
         trainer,
-        servers.first_rank,
+        first_rank,
+        tp=rollout.tp,
+        backend=platform.weight_backend,
+        bucket_bytes=rollout.sync_bucket_bytes,
+        timeout=rollout.request_timeout,
+    )
+    probe = Probe(
+        inputs.prompts,
+        context=inputs.student.config.max_position_embeddings,
+        multiples=Multiples.of([config.student.parallel]),
+        bound=rollout.max_engine_gap,
+    )
+    return EngineSync(
+        trainer,
+        first_rank,
         roster,
-        transport,
-        host=config.rollout.host,
-        backend=platform.backend,
-        bucket_bytes=config.rollout.sync_bucket_bytes,
-        timeout=timeout,
+        carrier,
+        probe,
+        tp=rollout.tp,
+        host=rollout.host,
+        timeout=rollout.request_timeout,
+        always_check=rollout.digests == "always",
     )

@@ -40,6 +40,8 @@ class System:
 
     def close(self) -> None:
         """End what runs beside this process."""
+        if self.weight_sync is not None:
+            self.weight_sync.leave()
         if self.servers is not None:
             self.servers.stop()
 

@@ -17,7 +17,6 @@ from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
 from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified
-from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
@@ -191,9 +190,7 @@ def _evaluate(
 def _finish(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:
     """The HF export, which transformers and SGLang load, and the summary."""
     target = Path(config.run.dir) / "hf"
-    trainer = system.trainer
-    trainer.complete_parameters()
-    weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    weights = system.trainer.export().whole()
     if dist.get_rank() == 0:
         write_hf_folder(weights, inputs.student.path, target, dtype_of(config))
     else:

@@ -276,14 +276,28 @@ class WeightReceiver(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SyncStats:
+    """One delivery of weights; equal on all ranks."""
+
+    received_bytes: float  # by an engine rank, on average
+    shard_bytes: float  # of the parameters that it keeps
+    probe_gap: float | None  # nats a token: |log pi_trainer - log pi_engine| on a fixed sequence; None: not probed
+
+
 class WeightSync(Protocol):
     """Brings the student's weights to its engine."""
 
-    def push(self, version: int) -> None:
+    def push(self, version: int) -> SyncStats | None:
         """The student's current weights become the engine's; its later rollouts carry ``version``.
 
-        Collective over the world. Raises OpdError where the engine does not have them all afterwards.
+        Collective over the world; None in the same process, where nothing is sent. Raises OpdError where the engine does not
+        have them all afterwards.
         """
+        ...
+
+    def leave(self) -> None:
+        """The end of the run: give up what connects to engines. Not collective."""
         ...
 
 

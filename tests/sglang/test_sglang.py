@@ -16,17 +16,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
+from megatron_opd.data import Multiples
 from megatron_opd.data.tokenizers import load_tokenizer
+from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.rollout.dispatch import Ask, dispatch
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.sglang.client import Client, Endpoint, EngineError, generation
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server, check_arguments
-from megatron_opd.types import OpdError, Prompt, Rollout, RolloutRequest, SamplingParams, Source
-from megatron_opd.weight_sync.collective import CollectiveSync
-from megatron_opd.weight_sync.shards import OwnShards
-from megatron_opd.weight_sync.whole import WholeTensors
+from megatron_opd.types import OpdError, Prompt, Rollout, RolloutRequest, SamplingParams, Source, SyncStats
+from megatron_opd.weight_sync.collective import Collective
+from megatron_opd.weight_sync.delivery import Carrier
+from megatron_opd.weight_sync.native import Native
+from megatron_opd.weight_sync.probe import Probe
+from megatron_opd.weight_sync.sync import EngineSync
 from tests import runs
 from tests.conftest import Table
 from tests.mcore.training import Case, build_trainer
@@ -44,6 +48,26 @@ def endpoints_of(servers: Sequence[Server]) -> list[Endpoint]:
     return [Endpoint(server.url, server.api_key) for server in servers]
 
 
+def engine_sync(
+    trainer: Trainer,
+    first_rank: FirstRank,
+    roster: Roster,
+    parallel: ParallelConfig,
+    engine_tp: int,
+    timeout: float,
+    *,
+    whole: bool = False,
+) -> EngineSync:
+    prompts = [Prompt(str(number), prompt, "") for number, prompt in enumerate(PROMPTS)]
+    probe = Probe(prompts, context=256, multiples=Multiples.of([parallel]), bound=1e-4)
+    carrier: Carrier
+    if whole:
+        carrier = Native(trainer, first_rank, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=timeout)
+    else:
+        carrier = Collective(trainer, first_rank, tp=engine_tp, backend="gloo", bucket_bytes=300_000, timeout=timeout)
+    return EngineSync(trainer, first_rank, roster, carrier, probe, tp=engine_tp, host="127.0.0.1", timeout=timeout)
+
+
 def push_and_generate(
     folder: str,
     parallel: ParallelConfig,
@@ -51,16 +75,13 @@ def push_and_generate(
     engine_tp: int,
     sampling: SamplingParams,
     whole: bool = False,
-) -> tuple[list[Rollout], int]:
+) -> tuple[list[Rollout], SyncStats]:
     """The folder's weights through a trainer in ``parallel`` to the servers, then two responses to each prompt."""
     layout, platform = open_layout(parallel)
     trainer = build_trainer(folder, Case(parallel=parallel), layout, platform)
-    transport = WholeTensors(engine_tp, 60.0) if whole else OwnShards(trainer.spec.dims, engine_tp, 60.0)
     first_rank, roster = FirstRank(), Roster("student", endpoints)
-    sync = CollectiveSync(
-        trainer, first_rank, roster, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=60.0
-    )
-    sync.push(VERSION)
+    sync = engine_sync(trainer, first_rank, roster, parallel, engine_tp, 60.0, whole=whole)
+    stats = sync.push(VERSION)
     engine = SGLangEngine(
         first_rank,
         roster,
@@ -77,7 +98,7 @@ def push_and_generate(
     ]
     rollouts = engine.generate(requests, sampling)
     sync.leave()
-    return rollouts, sync.received
+    return rollouts, stats
 
 
 def log_probs(folder: Path, rollout: Rollout, sampling: SamplingParams) -> torch.Tensor:
@@ -106,9 +127,12 @@ def test_log_probabilities_are_those_of_the_pushed_weights(
         parallel.model_parallel_size, push_and_generate, str(model), parallel, [endpoint], engine_tp, sampling, whole
     )
     assert all(rollouts == everywhere[0][0] for rollouts, _ in everywhere)
+    stats = everywhere[0][1]
     all_bytes = sum(weight.nbytes for weight in load_file(model / "model.safetensors").values())
-    share = everywhere[0][1] / (all_bytes / engine_tp)
+    share = stats.received_bytes / (all_bytes / engine_tp)
     assert (share == engine_tp) if whole else (share < 1.02)  # norms are on every rank
+    assert whole or stats.received_bytes <= stats.shard_bytes
+    assert stats.probe_gap is not None and stats.probe_gap < 1e-4
     row = f"tp{parallel.tp} pp{parallel.pp} -> engine tp{engine_tp}, {'whole tensors' if whole else 'own shards'}"
     table.add("bytes that an engine rank received / (bytes of the model / engine tp)", row, f"{share:.3f}")
     for rollout in everywhere[0][0]:
@@ -180,11 +204,9 @@ def test_request_that_the_server_refuses_is_an_error_with_its_name(servers: list
 def push_to_a_stopped_server(folder: str, endpoint: Endpoint, pid: int) -> tuple[str, float]:
     layout, platform = open_layout(ParallelConfig(tp=2))
     trainer = build_trainer(folder, Case(parallel=ParallelConfig(tp=2)), layout, platform)
-    transport = OwnShards(trainer.spec.dims, 1, 15.0)
     roster = Roster("student", [endpoint])
-    sync = CollectiveSync(
-        trainer, FirstRank(), roster, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=15.0
-    )
+    sync = engine_sync(trainer, FirstRank(), roster, ParallelConfig(tp=2), 1, 15.0)
+    sync.push(0)
     if layout.tp_rank == 0:
         os.killpg(pid, signal.SIGSTOP)
     start = time.monotonic()
