@@ -47,6 +47,10 @@ class Export:
                 for name, part in zip(entry.hf, self._split(entry, [like] * shards), strict=True):
                     yield TensorInfo(name, part.dtype, tuple(part.shape))
 
+    def names(self) -> list[str]:
+        """Of all stages' tensors, in the order of :meth:`whole`."""
+        return [name for entry in self._entries for name in entry.hf]
+
     @torch.no_grad()
     def stage(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of this rank's pipeline stage, on every rank of it.

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore
-from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_opd.sglang.client import Client, Endpoint, EngineError
 from megatron_opd.sglang.engine_side.opd_weights import ABORT
@@ -27,6 +26,14 @@ Report = dict[str, Any]  # what it says of one
 Reports = list[list[Report]]  # [engine][rank]
 _GRACE = 30.0  # seconds that a call outlasts what it waits for, so that the one who waits can say why
 _CONTROL_SECONDS = 60.0  # for calls that move nothing, at most
+
+
+@dataclass(frozen=True)
+class SharedTensor:
+    """A tensor in GPU memory, [bytes] uint8, as another process of the trainer shares it: what rebuilds it, and of what."""
+
+    rebuild: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,14 @@ class Members:
         command: Callable[[int, int], Command],
         *,
         version: int | None = None,
-        data: Callable[[int, int], Tensor | None] = lambda engine, rank: None,
+        data: Callable[[int, int], SharedTensor | None] = lambda engine, rank: None,
     ) -> Ordered:
         """Send commands, and return at once.
 
         Args:
             command: for rank ``[1]`` of engine ``[0]``.
             version: what the engines call their weights from then on.
-            data: [bytes] uint8 on GPU, whose CUDA IPC handle goes along.
+            data: what goes along with a command.
         """
         self._orders += 1
         keys = [[f"{self._orders}/{engine}/{rank}" for rank in range(self.tp)] for engine in range(len(self))]
@@ -123,9 +130,11 @@ class Members:
             payloads = []
             for rank, key in enumerate(keys[engine]):
                 text = json.dumps({**command(engine, rank), "report": key}).encode()
-                given = data(engine, rank)
-                named = [("command", torch.tensor(list(text), dtype=torch.uint8))]  # a tensor is all that a loader gets
-                payloads.append(_serialize(named if given is None else [*named, ("data", given)]))
+                named: list[tuple[str, Tensor | SharedTensor]] = []
+                named.append(("command", torch.tensor(list(text), dtype=torch.uint8)))  # a tensor is all that a loader gets
+                if (given := data(engine, rank)) is not None:
+                    named.append(("data", given))
+                payloads.append(_serialize(named))
             named_version = {} if version is None else {"weight_version": str(version)}
             return {"serialized_named_tensors": payloads, "load_format": LOADER, "flush_cache": False, **named_version}
 
@@ -175,13 +184,13 @@ def _begin(client: Client) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors on GPU as CUDA IPC handles, those on CPU with their content: shared memory would need a helper process."""
+    """Shared tensors as the tensors that the reader then has; others with their content."""
 
     def reducer_override(self, obj: object) -> Any:
-        return reduce_tensor(obj) if isinstance(obj, Tensor) and obj.is_cuda else NotImplemented
+        return (obj.rebuild, obj.arguments) if isinstance(obj, SharedTensor) else NotImplemented
 
 
-def _serialize(named: Sequence[tuple[str, Tensor]]) -> str:
+def _serialize(named: Sequence[tuple[str, Tensor | SharedTensor]]) -> str:
     buffer = io.BytesIO()
     _Pickler(buffer).dump(named)
     return base64.b64encode(buffer.getvalue()).decode()
