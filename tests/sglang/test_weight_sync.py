@@ -149,7 +149,7 @@ def test_stacked_and_padded_parameters_go_in_parts_too(
 @pytest.fixture
 def pair(model: Path, tmp_path: Path) -> Iterator[list[Server]]:
     """Two servers of their own, to be hurt."""
-    running = [Server(spec(model, tmp_path / f"{number}.log", seed=number)) for number in range(2)]
+    running = [Server(spec(model, tmp_path / f"{number}.log")) for number in range(2)]
     try:
         for server in running:
             server.wait_until_ready(START_UP_SECONDS)
