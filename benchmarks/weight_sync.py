@@ -3,7 +3,7 @@
     python -m benchmarks.weight_sync --python .venv-sglang/bin/python [--trainer tp2] [--engine-tp 2] [--models small wide]
 
 Bare broadcast: as many processes as there are engine ranks receive from the sender what each of them keeps, each in a group of
-two, in buckets of the same size. Ours: a whole push; the first one, which has digests, is left out, and so is the probe. The three
+two, in buckets of the same size. Ours: a whole push but for the probe; the first one, which has digests, is left out. The three
 alternate within each repeat; the median of the ratios is printed.
 """
 

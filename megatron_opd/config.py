@@ -105,6 +105,7 @@ class RolloutConfig(_Section):
     host: str = "127.0.0.1"  # the interface that trainer and servers use; the cluster's for servers on other machines
     startup_timeout: float = Field(default=600.0, gt=0)  # seconds
     request_timeout: float = Field(default=600.0, gt=0)  # seconds for one response, one call, or one broadcast of weights
+    max_restarts: int = Field(default=3, ge=0)  # of each server that the run started and lost
     sync_bucket_bytes: int = Field(default=1 << 29, ge=1)  # of one broadcast of weights
     digests: Literal["first", "always"] = "first"  # pushes whose tensors are compared by digest with what the servers then have
     sglang: dict[str, Any] = {}  # native ServerArgs fields, checked against the installed package

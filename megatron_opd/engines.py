@@ -46,7 +46,10 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
         specs += [spec] * config.rollout.engines
     if _teacher_writes(config):
         specs += [_spec(config, platform, _server_name(name), folder, native) for name, folder in inputs.teachers.items()]
-    return Fleet(specs) if specs else None
+    if not specs:
+        return None
+    frozen = frozenset(spec.name for spec in specs) - {_STUDENT}
+    return Fleet(specs, frozen, max_restarts=config.rollout.max_restarts, startup_timeout=config.rollout.startup_timeout)
 
 
 def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Engines:
@@ -103,7 +106,7 @@ def _spec(config: Config, platform: Platform, name: str, folder: HFFolder, argum
 
 
 def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet) -> Engines:
-    servers.wait_until_ready(config.rollout.startup_timeout)
+    servers.wait_until_ready()
 
     def engine(name: str, folder: HFFolder, *, frozen: bool) -> SGLangEngine:
         return SGLangEngine(

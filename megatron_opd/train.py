@@ -100,6 +100,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
 
         record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
         record |= {**system.monitors.summary(), **clock.record(stats.tokens)}
+        record |= system.engine.figures() if system.engine else {}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
             record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)

@@ -77,6 +77,14 @@ class RolloutRequest:
 FinishReason = Literal["stop", "length"]
 
 
+class VersionSpan(NamedTuple):
+    """Response tokens from ``start`` up to ``end``, not included, were sampled from the weights ``version``."""
+
+    start: int
+    end: int
+    version: int
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A response and what its writer knew about it."""
@@ -86,8 +94,9 @@ class Rollout:
     response_ids: tuple[int, ...]  # [R], end token included when finish_reason is "stop"
     log_probs: tuple[float, ...]  # [R] nats, log pi_old at the sampling temperature, before top-p; empty for gold
     finish_reason: FinishReason
-    policy_version: int  # version of the weights that sampled it; 0 for gold and for the frozen teacher
+    policy_version: int  # the oldest weights that sampled a part of it; 0 for gold and for the frozen teacher
     text: str
+    versions: tuple[VersionSpan, ...] = ()  # all R tokens, in their order; empty: policy_version throughout
 
 
 @dataclass(frozen=True)
@@ -265,6 +274,10 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         """One rollout for each request, in the order of the requests."""
+        ...
+
+    def figures(self) -> dict[str, float | None]:
+        """Metrics of the last :meth:`generate`, on the first rank; not collective."""
         ...
 
 

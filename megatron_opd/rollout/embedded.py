@@ -76,6 +76,9 @@ class EmbeddedEngine:
             raise OpdError(f"{self._folder}: the logits of policy version {self._version} are not finite; look at its weights")
         return [self._rollout(request, response, self._version) for request, response in zip(requests, written, strict=True)]
 
+    def figures(self) -> dict[str, float | None]:
+        return {}
+
     @torch.no_grad()
     def load_weights(self, weights: NamedTensors, version: int) -> None:
         """Copy every tensor into the model by its HF name; later rollouts carry ``version``.

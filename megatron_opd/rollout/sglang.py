@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 
-from megatron_opd.rollout.dispatch import Ask, dispatch
+from megatron_opd.rollout.progress import Progress
+from megatron_opd.rollout.responses import whole_response
 from megatron_opd.sglang.client import Generated, generation
+from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
-from megatron_opd.types import OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer
+from megatron_opd.types import OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer, VersionSpan
 
 _LONGEST_LOGIT_BIAS = 4096  # ids; sent with every request
 _NEVER = -1e9  # logit bias of ids that the student's loss does not know
@@ -44,20 +44,28 @@ class SGLangEngine:
         self._tokenizer, self._context, self._vocab_size = tokenizer, context, vocab_size
         self._in_flight, self._timeout, self._frozen = in_flight, timeout, frozen
         self._lengths: dict[str, float] = {}  # of the last response to each prompt, tokens
+        self._figures: dict[str, float | None] = {}
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         """Raises OpdError, on every rank: a prompt leaves no room, no server is left, or one answered with other weights."""
         return self._first_rank.run(lambda: self._generate(requests, sampling))
 
+    def figures(self) -> dict[str, float | None]:
+        """Of the last :meth:`generate`; on the first rank, empty elsewhere."""
+        return dict(self._figures)
+
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         asks = [self._ask(request, sampling) for request in requests]
-        endpoints = self.roster.serving()
-        responses, lost = dispatch(
-            asks, endpoints, in_flight=self._in_flight, timeout=self._timeout, progress=Progress(len(asks))
+        progress = Progress([self._lengths.get(request.prompt.uid) for request in requests])
+        responses, _ = dispatch(
+            asks,
+            self.roster.serving(),
+            in_flight=self._in_flight,
+            timeout=self._timeout,
+            progress=progress,
+            roster=self.roster,
         )
-        for endpoint in endpoints:
-            if endpoint.url in lost:
-                self.roster.lose(endpoint, f"{lost[endpoint.url]}; the others take its requests")
+        self._figures = {**progress.figures(), "rollout/engines": len(self.roster.serving())}
         for response in responses:
             if response.stopped and response.token_ids[-1] not in sampling.stop_ids:
                 raise OpdError(
@@ -66,7 +74,7 @@ class SGLangEngine:
                 )
         return [self._rollout(request, response) for request, response in zip(requests, responses, strict=True)]
 
-    def _ask(self, request: RolloutRequest, sampling: SamplingParams) -> Ask:
+    def _ask(self, request: RolloutRequest, sampling: SamplingParams) -> Ask[Generated]:
         prompt, length = request.prompt, len(request.prompt.token_ids)
         if not 0 < length < self._context:
             raise OpdError(f"prompt {prompt.uid}: {length} tokens, but the engine takes 1 to {self._context - 1}; drop it")
@@ -80,7 +88,7 @@ class SGLangEngine:
             )
         if excluded:
             body["sampling_params"]["logit_bias"] = {str(index): _NEVER for index in excluded}
-        return Ask(body, self._lengths.get(prompt.uid, new_tokens))
+        return whole_response(body, self._lengths.get(prompt.uid, new_tokens))
 
     def _rollout(self, request: RolloutRequest, response: Generated) -> Rollout:
         self._lengths[request.prompt.uid] = len(response.token_ids)
@@ -91,37 +99,16 @@ class SGLangEngine:
             response_ids=response.token_ids,
             log_probs=response.log_probs,
             finish_reason="stop" if response.stopped else "length",
-            policy_version=0 if self._frozen else _version(response),
+            policy_version=0 if self._frozen else min(span.version for span in _versions(response)),
             text=self._tokenizer.decode(text_ids),
+            versions=() if self._frozen else _versions(response),
         )
 
 
-def _version(response: Generated) -> int:
-    """The oldest weights that wrote a part of it."""
-    if not all(version.isdecimal() for version in response.versions):
+def _versions(response: Generated) -> tuple[VersionSpan, ...]:
+    if not all(span.version.isdecimal() for span in response.spans):
         raise OpdError(
-            f"SGLang: a response was written with weights of version {response.versions}, which this run never sent; "
-            "look for another program that uses the same server"
+            f"SGLang: a response was written with weights of version {[span.version for span in response.spans]}, which this "
+            "run never sent; look for another program that uses the same server"
         )
-    return min(map(int, response.versions))
-
-
-class Progress:
-    """A line now and then while responses come in: done, tokens a second, mean length so far, time left."""
-
-    def __init__(self, total: int, seconds: float = 10.0) -> None:
-        self._total, self._seconds = total, seconds
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: int, tokens: int) -> None:
-        now = time.monotonic()
-        if now - self._last < self._seconds or done == self._total:
-            return
-        self._last = now
-        elapsed = now - self._start
-        left = elapsed / done * (self._total - done)
-        print(
-            f"rollout: {done} of {self._total} responses, {tokens / elapsed:.0f} tokens/s, mean length {tokens / done:.0f}, "
-            f"about {left:.0f} s left",
-            file=sys.stderr,
-        )
+    return tuple(VersionSpan(span.start, span.end, int(span.version)) for span in response.spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import httpx
 
@@ -25,14 +25,40 @@ class Endpoint:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
+class Span(NamedTuple):
+    """Response tokens from ``start`` up to ``end`` were written by the weights ``version``."""
+
+    start: int
+    end: int
+    version: str
+
+
 @dataclass(frozen=True)
 class Generated:
-    """One response."""
+    """One response, or the beginning of one that the server broke off."""
 
     token_ids: tuple[int, ...]  # [R]
     log_probs: tuple[float, ...]  # [R] nats
-    stopped: bool
-    versions: tuple[str, ...]  # of the weights that wrote it, in their order
+    finish: Literal["stop", "length", "abort"]
+    spans: tuple[Span, ...]  # in their order; together all R tokens
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def stopped(self) -> bool:
+        return self.finish == "stop"
+
+    def then(self, rest: Generated) -> Generated:
+        """Both as one response."""
+        first = len(self.token_ids)
+        return Generated(
+            self.token_ids + rest.token_ids,
+            self.log_probs + rest.log_probs,
+            rest.finish,
+            self.spans + tuple(Span(span.start + first, span.end + first, span.version) for span in rest.spans),
+        )
 
 
 def generation(prompt: Sequence[int], sampling: SamplingParams, new_tokens: int, seed: int) -> dict[str, Any]:
@@ -52,23 +78,52 @@ def generation(prompt: Sequence[int], sampling: SamplingParams, new_tokens: int,
     }
 
 
+def continuation(body: dict[str, Any], written: Generated) -> dict[str, Any]:
+    """The body that asks for what is left of a response that was broken off."""
+    sampling = body["sampling_params"]
+    left = sampling["max_new_tokens"] - len(written.token_ids)
+    return {
+        **body,
+        "input_ids": [*body["input_ids"], *written.token_ids],
+        "sampling_params": {**sampling, "max_new_tokens": left},
+    }
+
+
 def parse_generated(body: dict[str, Any], endpoint: Endpoint) -> Generated:
-    """Raises EngineError for an answer that is not a whole response."""
+    """Raises EngineError for an answer that is no whole response."""
+    generated = parse_part(body, endpoint)
+    if generated.finish == "abort":
+        raise EngineError(f"SGLang server {endpoint.url}: /generate ended with {body['meta_info']['finish_reason']}")
+    return generated
+
+
+def parse_part(body: dict[str, Any], endpoint: Endpoint) -> Generated:
+    """A response, or the beginning of one. Raises EngineError for an answer that is neither."""
     try:
         meta = body["meta_info"]
         reason = meta["finish_reason"]["type"]
-        entries = meta["output_token_logprobs"]
-        versions = tuple(str(span["version"]) for span in meta.get("weight_versions") or ()) or (str(meta["weight_version"]),)
-    except (KeyError, TypeError) as error:
-        raise EngineError(f"SGLang server {endpoint.url}: /generate answered without {error}") from error
-    if reason not in ("stop", "length"):
+        entries = meta.get("output_token_logprobs") or [] if reason == "abort" else meta["output_token_logprobs"]
+        token_ids = tuple(int(entry[1]) for entry in entries)
+        log_probs = tuple(float(entry[0]) for entry in entries)
+        whole = [{"version": meta["weight_version"], "start": 0, "end": len(token_ids)}]
+        spans = tuple(
+            Span(int(span["start"]), int(span["end"]), str(span["version"])) for span in meta.get("weight_versions") or whole
+        )
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise EngineError(
+            f"SGLang server {endpoint.url}: /generate answered something else than a response ({type(error).__name__}: {error})"
+        ) from error
+    if reason not in ("stop", "length", "abort"):
         raise EngineError(f"SGLang server {endpoint.url}: /generate ended with {meta['finish_reason']}")
-    return Generated(
-        token_ids=tuple(int(entry[1]) for entry in entries),
-        log_probs=tuple(float(entry[0]) for entry in entries),
-        stopped=reason == "stop",
-        versions=versions,
-    )
+    return Generated(token_ids, log_probs, reason, spans)
+
+
+def is_healthy(endpoint: Endpoint, timeout: float = 5.0) -> bool:
+    """Whether the server says so within ``timeout`` seconds."""
+    try:
+        return httpx.get(f"{endpoint.url}/health", headers=endpoint.headers, timeout=timeout).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
 
 
 class Client:

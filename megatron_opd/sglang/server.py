@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from megatron_opd.processes import end_with_parent
+from megatron_opd.sglang.client import Endpoint, is_healthy
 from megatron_opd.types import OpdError
 
 _CPU_STAND_INS = Path(__file__).with_name("cpu")
@@ -104,25 +103,24 @@ class Server:
     def wait_until_ready(self, timeout: float) -> None:
         """Raises OpdError with the end of its log where it ends, or is not ready after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
-        headers = {"Authorization": f"Bearer {self.api_key}"}
-        with httpx.Client(headers=headers, timeout=5.0) as client:
-            while True:
-                if not self.alive:
-                    raise OpdError(
-                        f"SGLang server {self.url}: ended while it started ({self.last_words()}); see {self.spec.log}"
-                    )
-                try:
-                    if client.get(f"{self.url}/health").status_code == httpx.codes.OK:
-                        return
-                except httpx.HTTPError:
-                    pass
-                if time.monotonic() > deadline:
-                    self.stop()
-                    raise OpdError(
-                        f"SGLang server {self.url}: not ready after {timeout:.0f} s ({self.last_words()}); see {self.spec.log} "
-                        "or raise rollout.startup_timeout"
-                    )
-                time.sleep(0.5)
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                self.stop()
+                raise OpdError(
+                    f"SGLang server {self.url}: not ready after {timeout:.0f} s ({self.last_words()}); see {self.spec.log} "
+                    "or raise rollout.startup_timeout"
+                )
+            time.sleep(0.5)
+
+    def is_ready(self) -> bool:
+        """Raises OpdError with the end of its log where it has ended."""
+        if not self.alive:
+            raise OpdError(f"SGLang server {self.url}: ended while it started ({self.last_words()}); see {self.spec.log}")
+        return is_healthy(self.endpoint)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.api_key)
 
     @property
     def pid(self) -> int:

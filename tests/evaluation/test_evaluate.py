@@ -16,6 +16,9 @@ class EvenHandedEngine:
     def __init__(self) -> None:
         self.requests: list[RolloutRequest] = []
 
+    def figures(self) -> dict[str, float | None]:
+        return {}
+
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         self.requests = list(requests)
         return [

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.rollout.dispatch import Ask, dispatch
-from megatron_opd.sglang.client import Client, Endpoint, EngineError, generation
+from megatron_opd.rollout.responses import whole_response
+from megatron_opd.sglang.client import Client, Endpoint, EngineError, Generated, generation
+from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.server import Server, check_arguments
 from megatron_opd.types import OpdError, SamplingParams
 from tests import runs
@@ -29,10 +30,10 @@ def endpoints_of(servers: Sequence[Server]) -> list[Endpoint]:
     return [endpoint_of(server) for server in servers]
 
 
-def greedy(prompt: Sequence[int], new_tokens: int) -> Ask:
+def greedy(prompt: Sequence[int], new_tokens: int) -> Ask[Generated]:
     body = generation(prompt, SamplingParams(1.0, 1.0, new_tokens, (), 101), new_tokens, seed=1)
     body["sampling_params"] |= {"temperature": 0.0, "ignore_eos": True}
-    return Ask(body, expected=new_tokens)
+    return whole_response(body, expected=new_tokens)
 
 
 def test_greedy_tokens_are_those_of_transformers(pool: WorkerPool, model: Path, servers: list[Server]) -> None:

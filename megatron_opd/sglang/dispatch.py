@@ -1,0 +1,244 @@
+"""Requests over engines: the longest first, the next one to whoever has room, those of a lost engine to the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import httpx
+
+from megatron_opd.sglang.client import Endpoint, EngineError
+from megatron_opd.sglang.roster import Roster
+
+_ATTEMPTS = 3  # failures of one request, whatever the engines; of different requests in a row, at one engine
+_CONNECT_SECONDS = 30.0
+_HEALTH_SECONDS = 25.0  # SGLang itself tries for 20
+_PAUSE_SECONDS = 0.2  # after a failure at an engine that is well
+_POLL_SECONDS = 1.0  # for engines that come back
+_BUSY = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
+
+
+class Answer(Protocol):
+    @property
+    def tokens(self) -> int:
+        """That it is about, for the progress."""
+        ...
+
+
+AnswerT = TypeVar("AnswerT", bound=Answer)
+
+
+@dataclass(frozen=True)
+class Ask(Generic[AnswerT]):
+    body: dict[str, Any]  # of /generate
+    expected: float  # tokens
+    parse: Callable[[dict[str, Any], Endpoint], AnswerT]  # raises EngineError for an answer that is none
+    # For an answer that a server broke off, what to ask next; its answer is the whole one. None: the answer is whole.
+    rest: Callable[[AnswerT], Ask[AnswerT] | None] = lambda answer: None
+
+
+def dispatch(
+    asks: Sequence[Ask[AnswerT]],
+    endpoints: Sequence[Endpoint],
+    *,
+    in_flight: int,
+    timeout: float,
+    progress: Callable[[int, int], None] = lambda place, tokens: None,
+    roster: Roster | None = None,
+) -> tuple[list[AnswerT], dict[str, str]]:
+    """The answers in the order of the requests, and why each lost engine was lost, by its URL.
+
+    Each request is answered once: a lost engine's are asked again, with their seeds, at once. An engine is lost that gives no
+    answer in time, is not healthy after a failure, or fails several requests in a row. Raises EngineError where no engine is
+    left, or a request is refused, or fails again and again.
+
+    Args:
+        in_flight: requests at each engine at once.
+        timeout: seconds for one answer.
+        progress: called with the place and the tokens of each answer that is whole.
+        roster: learns of a lost engine at once; the engines that it takes back meanwhile get requests too.
+    """
+    return asyncio.run(_Dispatch(asks, in_flight, timeout, progress, roster).run(endpoints))
+
+
+_Verdict = Literal["lost", "refused", "failed"]  # the engine is; the request is, by any engine; one of the two did
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+    verdict: _Verdict
+    reached: bool = True  # the engine had the request
+
+
+@dataclass
+class _Engine(Generic[AnswerT]):
+    endpoint: Endpoint
+    http: httpx.AsyncClient
+    running: dict[asyncio.Task[AnswerT | _Failure], int] = field(default_factory=dict)  # → place of the request
+    failed: set[int] = field(default_factory=set)  # requests, since its last success
+
+
+class _Dispatch(Generic[AnswerT]):
+    def __init__(
+        self,
+        asks: Sequence[Ask[AnswerT]],
+        in_flight: int,
+        timeout: float,
+        progress: Callable[[int, int], None],
+        roster: Roster | None,
+    ) -> None:
+        self.asks, self.in_flight, self.timeout, self.progress, self.roster = list(asks), in_flight, timeout, progress, roster
+        self.waiting = deque(sorted(range(len(asks)), key=lambda place: -asks[place].expected))
+        self.begun = [0] * len(asks)  # tokens of answers that a server broke off
+        self.failures: list[list[str]] = [[] for _ in asks]  # URLs of the engines where it failed
+        self.results: dict[int, AnswerT] = {}
+        self.engines: dict[str, _Engine[AnswerT]] = {}  # by URL
+        self.lost: dict[str, str] = {}
+        self.finished: asyncio.Queue[tuple[_Engine[AnswerT], asyncio.Task[AnswerT | _Failure]]] = asyncio.Queue()
+        self.clients: list[httpx.AsyncClient] = []
+
+    async def run(self, endpoints: Sequence[Endpoint]) -> tuple[list[AnswerT], dict[str, str]]:
+        for endpoint in endpoints:
+            self._open(endpoint)
+        try:
+            while len(self.results) < len(self.asks):
+                if not self.engines and not (self.roster and self.roster.awaits_one_that_serves()):
+                    reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
+                    model = f" of the {self.roster.model}" if self.roster else ""
+                    raise EngineError(f"SGLang: no engine{model} is left ({reasons or 'none was given'})")
+                self._assign()
+                try:
+                    async with asyncio.timeout(_POLL_SECONDS):
+                        engine, task = await self.finished.get()
+                except TimeoutError:
+                    self._take_back()
+                else:
+                    self._settle(engine, task)
+        finally:
+            await self._close()
+        return [self.results[place] for place in range(len(self.asks))], self.lost
+
+    def _open(self, endpoint: Endpoint) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        patience = httpx.Timeout(None, connect=min(_CONNECT_SECONDS, self.timeout))
+        http = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=patience, limits=limits)
+        self.clients.append(http)
+        self.engines[endpoint.url] = _Engine(endpoint, http)
+
+    def _take_back(self) -> None:
+        for endpoint in self.roster.serving() if self.roster else ():
+            if endpoint.url not in self.engines:
+                self._open(endpoint)
+
+    def _assign(self) -> None:
+        """Fill the engines, least loaded first; a request that failed goes to an engine that it has not seen, if any."""
+        held = []
+        while self.waiting and any(len(engine.running) < self.in_flight for engine in self.engines.values()):
+            place = self.waiting.popleft()
+            unseen = [engine for url, engine in self.engines.items() if url not in self.failures[place]]
+            engine = min(unseen or self.engines.values(), key=lambda each: len(each.running))
+            if len(engine.running) >= self.in_flight:
+                held.append(place)
+                continue
+            task = asyncio.create_task(self._ask(place, engine))
+            engine.running[task] = place
+            task.add_done_callback(lambda done, engine=engine: self.finished.put_nowait((engine, done)))  # type: ignore[misc]
+        self.waiting.extendleft(reversed(held))
+
+    def _settle(self, engine: _Engine[AnswerT], task: asyncio.Task[AnswerT | _Failure]) -> None:
+        place = engine.running.pop(task, None)
+        if place is None:  # cancelled, with its engine
+            return
+        match task.result():
+            case _Failure(reason, "lost", reached):
+                self._again(place, engine, reason, counts=reached)
+                self._lose(engine, reason)
+            case _Failure(reason, "refused"):
+                raise EngineError(reason)
+            case _Failure(reason):
+                engine.failed.add(place)
+                self._again(place, engine, reason)
+                if len(engine.failed) >= _ATTEMPTS:
+                    self._lose(engine, f"{len(engine.failed)} requests failed there in a row, the last one with: {reason}")
+            case answer:
+                engine.failed.clear()
+                self._keep(place, answer, engine)
+
+    def _keep(self, place: int, answer: AnswerT, engine: _Engine[AnswerT]) -> None:
+        rest = self.asks[place].rest(answer)
+        if rest is None:
+            self.results[place] = answer
+            self.progress(place, answer.tokens)
+            return
+        further, self.begun[place] = answer.tokens > self.begun[place], answer.tokens
+        self.asks[place] = rest
+        self._again(place, engine, "the server broke it off", counts=not further)
+
+    def _again(self, place: int, engine: _Engine[AnswerT], reason: str, *, counts: bool = True) -> None:
+        if counts:
+            self.failures[place].append(engine.endpoint.url)
+        if len(self.failures[place]) >= _ATTEMPTS:
+            where = ", ".join(dict.fromkeys(self.failures[place]))
+            raise EngineError(
+                f"SGLang: request {place} ({len(self.asks[place].body['input_ids'])} tokens) failed {_ATTEMPTS} times, "
+                f"at {where}; the last one: {reason}"
+            )
+        self.waiting.appendleft(place)
+
+    def _lose(self, engine: _Engine[AnswerT], reason: str) -> None:
+        """Its other requests are asked elsewhere now, each without a time-out of its own."""
+        if self.engines.pop(engine.endpoint.url, None) is None:
+            return
+        self.lost[engine.endpoint.url] = reason
+        if self.roster is not None:
+            self.roster.lose(engine.endpoint, reason)
+        running, engine.running = engine.running, {}
+        for task in running:
+            task.cancel()
+        for place in sorted(running.values(), key=lambda each: self.asks[each].expected):
+            self._again(place, engine, reason)
+
+    async def _ask(self, place: int, engine: _Engine[AnswerT]) -> AnswerT | _Failure:
+        ask, name = self.asks[place], f"SGLang server {engine.endpoint.url}: /generate"
+        try:
+            async with asyncio.timeout(self.timeout):
+                answer = await engine.http.post("/generate", json=ask.body)
+        except TimeoutError:
+            return _Failure(f"{name}: no answer in {self.timeout:.0f} s", "lost")
+        except httpx.HTTPError as error:
+            reason = f"{name}: {type(error).__name__}: {error}".rstrip(": ")
+            reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            return _Failure(reason, await self._verdict(engine), reached)
+        if answer.is_error:
+            reason = f"{name}: {answer.status_code} {' '.join(answer.text.split())[:300]}"
+            if answer.is_client_error and answer.status_code not in _BUSY:
+                return _Failure(reason, "refused")
+            return _Failure(reason, await self._verdict(engine))
+        try:
+            return ask.parse(answer.json(), engine.endpoint)
+        except ValueError:
+            return _Failure(f"{name}: the answer is no JSON", await self._verdict(engine))
+        except EngineError as error:
+            return _Failure(str(error), await self._verdict(engine))
+
+    async def _verdict(self, engine: _Engine[AnswerT]) -> Literal["lost", "failed"]:
+        with suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(min(_HEALTH_SECONDS, self.timeout)):
+                answer = await engine.http.get("/health")
+            if answer.status_code == httpx.codes.OK:
+                await asyncio.sleep(_PAUSE_SECONDS)
+                return "failed"
+        return "lost"
+
+    async def _close(self) -> None:
+        tasks = [task for engine in self.engines.values() for task in engine.running]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for http in self.clients:
+            await http.aclose()
