@@ -18,10 +18,14 @@ from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.sglang.fleet import Fleet
+from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import ServerSpec
 from megatron_opd.types import RolloutEngine, WeightSync
 from megatron_opd.weight_sync.collective import Collective
+from megatron_opd.weight_sync.delivery import Carrier
+from megatron_opd.weight_sync.disk import Disk
+from megatron_opd.weight_sync.ipc import Ipc
 from megatron_opd.weight_sync.memory import MemorySync
 from megatron_opd.weight_sync.probe import Probe
 from megatron_opd.weight_sync.sync import EngineSync
@@ -41,15 +45,26 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
     if config.rollout.backend != "sglang":
         return None
     specs, native = [], config.rollout.sglang
+    shares_gpus = config.rollout.placement == "colocated" and platform.device.type == "cuda"
+    if shares_gpus:
+        native = {"enable_memory_saver": True, **native}
     if _samples(config):
         spec = _spec(config, platform, _STUDENT, inputs.student, {"load_format": "dummy", **native})
         specs += [spec] * config.rollout.engines
+    if shares_gpus:
+        native = {"enable_weights_cpu_backup": True, **native}  # nobody pushes these again
     if _teacher_writes(config):
         specs += [_spec(config, platform, _server_name(name), folder, native) for name, folder in inputs.teachers.items()]
     if not specs:
         return None
     frozen = frozenset(spec.name for spec in specs) - {_STUDENT}
-    return Fleet(specs, frozen, max_restarts=config.rollout.max_restarts, startup_timeout=config.rollout.startup_timeout)
+    return Fleet(
+        specs,
+        frozen,
+        max_restarts=config.rollout.max_restarts,
+        startup_timeout=config.rollout.startup_timeout,
+        gpus=dist.get_world_size() if shares_gpus else None,
+    )
 
 
 def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Engines:
@@ -118,28 +133,33 @@ def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: 
             in_flight=config.rollout.max_batch_size,
             timeout=config.rollout.request_timeout,
             frozen=frozen,
+            residence=residences[name],
         )
 
+    residences = {
+        name: Residence(config.rollout.request_timeout) if config.rollout.placement == "colocated" else None
+        for name in servers.models
+    }
     student, teacher, weight_sync = None, None, None
     if _samples(config):
         student = engine(_STUDENT, inputs.student, frozen=False)
-        weight_sync = _sync(config, inputs, platform, trainer, servers, student.roster)
+        weight_sync = _sync(config, inputs, platform, trainer, servers, student.roster, residences[_STUDENT])
     if inputs.teachers and _teacher_writes(config):
         own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
     return Engines(student, teacher, weight_sync)
 
 
-def _sync(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet, roster: Roster) -> WeightSync:
-    rollout, first_rank = config.rollout, servers.first_rank
-    carrier = Collective(
-        trainer,
-        first_rank,
-        tp=rollout.tp,
-        backend=platform.weight_backend,
-        bucket_bytes=rollout.sync_bucket_bytes,
-        timeout=rollout.request_timeout,
-    )
+def _sync(
+    config: Config,
+    inputs: Inputs,
+    platform: Platform,
+    trainer: Trainer,
+    servers: Fleet,
+    roster: Roster,
+    residence: Residence | None,
+) -> WeightSync:
+    rollout = config.rollout
     probe = Probe(
         inputs.prompts,
         context=inputs.student.config.max_position_embeddings,
@@ -148,12 +168,38 @@ def _sync(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, 
     )
     return EngineSync(
         trainer,
-        first_rank,
+        servers.first_rank,
         roster,
-        carrier,
+        _carrier(config, inputs, platform, trainer, servers),
         probe,
         tp=rollout.tp,
         host=rollout.host,
         timeout=rollout.request_timeout,
         always_check=rollout.digests == "always",
+        residence=residence,
     )
+
+
+def _carrier(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet) -> Carrier:
+    rollout, first_rank = config.rollout, servers.first_rank
+    match rollout.transport:
+        case "disk":
+            folder = Path(config.run.dir) / "weights"
+            return Disk(trainer, first_rank, inputs.student.path, folder, dtype_of(config))
+        case "ipc":
+            return Ipc(
+                trainer,
+                first_rank,
+                lambda endpoint: servers.number(endpoint) * rollout.tp,
+                tp=rollout.tp,
+                bucket_bytes=rollout.sync_bucket_bytes,
+            )
+        case "collective":
+            return Collective(
+                trainer,
+                first_rank,
+                tp=rollout.tp,
+                backend=platform.weight_backend,
+                bucket_bytes=rollout.sync_bucket_bytes,
+                timeout=rollout.request_timeout,
+            )

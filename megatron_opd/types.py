@@ -276,6 +276,10 @@ class RolloutEngine(Protocol):
         """One rollout for each request, in the order of the requests."""
         ...
 
+    def sleep(self) -> None:
+        """Give device memory to the training until the next :meth:`generate`, where the two share devices."""
+        ...
+
     def figures(self) -> dict[str, float | None]:
         """Metrics of the last :meth:`generate`, on the first rank; not collective."""
         ...
@@ -296,6 +300,14 @@ class SyncStats:
     received_bytes: float  # by an engine rank, on average
     shard_bytes: float  # of the parameters that it keeps
     probe_gap: float | None  # nats a token: |log pi_trainer - log pi_engine| on a fixed sequence; None: not probed
+
+    def figures(self) -> dict[str, float | None]:
+        """As metrics.jsonl has them."""
+        return {
+            "weight_sync/received_mib": self.received_bytes / 2**20,
+            "weight_sync/received_over_shard": self.received_bytes / self.shard_bytes,
+            "weight_sync/probe_gap": self.probe_gap,
+        }
 
 
 class WeightSync(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from megatron_opd.sglang.client import Endpoint
+from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.launched import Launched
 from megatron_opd.sglang.roster import Roster
@@ -42,7 +42,13 @@ class Fleet:
     """All methods but :meth:`roster` and :meth:`stop` are collective over the world; the places are the first rank's."""
 
     def __init__(
-        self, specs: Sequence[ServerSpec], frozen: Collection[str], *, max_restarts: int, startup_timeout: float
+        self,
+        specs: Sequence[ServerSpec],
+        frozen: Collection[str],
+        *,
+        max_restarts: int,
+        startup_timeout: float,
+        gpus: int | None = None,
     ) -> None:
         """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places. Raises OpdError.
 
@@ -50,8 +56,11 @@ class Fleet:
             frozen: names of those whose weights never change.
             max_restarts: of each server.
             startup_timeout: seconds, of each start.
+            gpus: those of the training, where the servers share them, each model's over all; None: each server has its own.
         """
         self.first_rank = FirstRank()
+        self._gpus = gpus
+        self.models = tuple(dict.fromkeys(spec.name for spec in specs))
         self._frozen, self._max_restarts, self._startup_timeout = frozen, max_restarts, startup_timeout
         self._places: list[Place] = []
         self._rosters: dict[str, Roster] = {}
@@ -64,7 +73,8 @@ class Fleet:
         for number, spec in enumerate(specs):
             arguments = dict(spec.arguments)
             if spec.device == "cuda":
-                arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + taken
+                place = taken if self._gpus is None else taken % self._gpus
+                arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + place
             taken += spec.tp
             log = spec.log.with_name(f"{number}-{spec.log.name}")
             own = replace(spec, log=log, seed=spec.seed + number, arguments=arguments)
@@ -89,6 +99,14 @@ class Fleet:
     def roster(self, name: str) -> Roster:
         """Of the servers with the weights ``name``; on the first rank, empty elsewhere."""
         return self._rosters.get(name) or Roster(name, [])
+
+    def number(self, endpoint: Endpoint) -> int:
+        """Of a server's place among those of the same model, however often it was started; on the first rank."""
+        for name in self._rosters:
+            endpoints = [place.endpoint for place in self._places if place.model == name]
+            if endpoint in endpoints:
+                return endpoints.index(endpoint)
+        raise EngineError(f"SGLang server {endpoint.url}: was started anew just now")
 
     def _keep(self) -> None:
         # One thread as long as the run: the kernel ends a server with the thread that started it.

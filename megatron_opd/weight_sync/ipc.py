@@ -7,7 +7,7 @@ handles cross a wire.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_opd.mcore.trainer import Trainer
+from megatron_opd.sglang.client import Endpoint
 from megatron_opd.sglang.engine_side.opd_weights import digest, synchronize
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.weight_sync.delivery import Delivery
@@ -38,14 +39,14 @@ class Ipc:
     """A :class:`~megatron_opd.weight_sync.delivery.Carrier` for engines that share the trainer's devices."""
 
     def __init__(
-        self, trainer: Trainer, first_rank: FirstRank, homes: Mapping[str, int], *, tp: int, bucket_bytes: int
+        self, trainer: Trainer, first_rank: FirstRank, home: Callable[[Endpoint], int], *, tp: int, bucket_bytes: int
     ) -> None:
         """Args:
-        homes: the trainer's rank on the device of each engine's first rank, by URL; the engine's others follow.
+        home: the trainer's rank on the device of an engine's first rank, whose others follow; asked on the first rank.
         tp: tensor-parallel ranks of each engine.
         bucket_bytes: of the tensors that lie in a buffer together; a larger one lies there by itself.
         """
-        self._trainer, self._first_rank, self._homes = trainer, first_rank, dict(homes)
+        self._trainer, self._first_rank, self._home = trainer, first_rank, home
         self._tp, self._bucket_bytes = tp, bucket_bytes
         self._plan: Plan | None = None
         self._neighbour: _Neighbour | None = None  # None: the engine here is lost
@@ -58,16 +59,14 @@ class Ipc:
         known = {tensor.name: tensor for tensors in offered for tensor in tensors}
         stream = [known[name] for name in export.names()]
 
-        def plan() -> tuple[Plan, list[str]]:
+        def plan() -> tuple[Plan, list[int]]:
             assert members is not None
             found = make_plan([stream], members, self._trainer.spec.dims, self._bucket_bytes)
             members.reports(members.order(lambda engine, rank: {"action": "join", "groups": [], **found.command(rank)}))
-            return found, [endpoint.url for endpoint in members.endpoints]
+            return found, [self._home(endpoint) for endpoint in members.endpoints]
 
-        self._plan, urls = self._first_rank.run(plan)
-        places = {
-            self._homes[url] + rank: _Neighbour(engine, rank) for engine, url in enumerate(urls) for rank in range(self._tp)
-        }
+        self._plan, homes = self._first_rank.run(plan)
+        places = {home + rank: _Neighbour(engine, rank) for engine, home in enumerate(homes) for rank in range(self._tp)}
         self._neighbour = places.get(dist.get_rank())
         self._close_buffers()
         if self._neighbour is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.sglang.client import Client, Endpoint, EngineError
 from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
-from megatron_opd.types import OpdError, SyncStats
+from megatron_opd.types import OpdError, RunStopped, SyncStats
 from megatron_opd.weight_sync.delivery import Carrier, Delivery, WeightsDiffer
 from megatron_opd.weight_sync.members import Members
 from megatron_opd.weight_sync.probe import Probe
@@ -32,6 +33,7 @@ class EngineSync:
         host: str,
         timeout: float,
         always_check: bool = False,
+        residence: Residence | None = None,
     ) -> None:
         """Args:
         roster: of the student's engines, on the first rank.
@@ -39,9 +41,10 @@ class EngineSync:
         host: the trainer's address, as the engines reach it.
         timeout: seconds for one call, or all transfers of one version.
         always_check: compare digests at every push, not only at the first one to each set of engines.
+        residence: of the engines' memory, where they share devices with the training.
         """
         self._trainer, self._first_rank, self._roster = trainer, first_rank, roster
-        self._carrier, self._probe = carrier, probe
+        self._carrier, self._probe, self._residence = carrier, probe, residence
         self._tp, self._host, self._timeout, self._always_check = tp, host, timeout, always_check
         self._members: Members | None = None  # on the first rank, while the groups are whole
         self._checked = False  # these members, by digests
@@ -49,11 +52,14 @@ class EngineSync:
     def push(self, version: int) -> SyncStats:
         """The student's current weights become the engines'; their later responses carry ``version``.
 
-        An engine that fails is lost, and the others are served without it; one that has come back is served again. Raises
-        OpdError on every rank, with the engine's name: none is left, a transfer fails again and again, or an engine has other
-        weights afterwards than the student.
+        An engine that fails is lost, and the others are served without it; one that has come back is served again. Raises, on
+        every rank and with the engine's name, OpdError where none is left or a transfer fails again and again, RunStopped where
+        an engine afterwards has other weights than the student.
         """
-        delivery = self._deliver(version)
+        try:
+            delivery = self._deliver(version)
+        except WeightsDiffer as error:
+            raise RunStopped(str(error)) from error
         gap = self._prove()
         self._first_rank.run(self._admit)
         return SyncStats(received_bytes=delivery.received, shard_bytes=delivery.kept, probe_gap=gap)
@@ -104,6 +110,8 @@ class EngineSync:
 
     def _begin(self) -> None:
         assert self._members is not None
+        if self._residence is not None:
+            self._residence.resume(self._members.endpoints, ["weights"])
         self._members.begin()
 
     def _end(self, version: int) -> None:
@@ -124,16 +132,22 @@ class EngineSync:
         members.close()
 
     def _prove(self) -> float | None:
-        """The largest gap between an engine's scores of the probe and the trainer's, nats. Raises OpdError."""
+        """The largest gap between an engine's scores of the probe and the trainer's, nats. Raises RunStopped."""
         if self._probe is None:
             return None
+        if self._residence is not None:
+            residence = self._residence
+            self._first_rank.run(lambda: residence.resume(self._roster.candidates()))
         probe, expected = self._probe, self._probe.score(self._trainer)
 
         def compare() -> float:
             assert self._members is not None
             return max(self._members.call(lambda client: probe.compare(client, expected)))
 
-        return self._first_rank.run(compare)
+        try:
+            return self._first_rank.run(compare)
+        except OpdError as error:
+            raise RunStopped(str(error)) from error
 
     def _admit(self) -> None:
         assert self._members is not None

@@ -85,8 +85,11 @@ def _carrier(push: Push, trainer: Trainer, first_rank: FirstRank) -> Carrier:
         case "native":
             return Native(trainer, first_rank, host=HOST, backend="gloo", bucket_bytes=size, timeout=push.timeout)
         case "ipc":
-            homes = {endpoint.url: number * push.engine_tp for number, endpoint in enumerate(push.endpoints)}
-            return Ipc(trainer, first_rank, homes, tp=push.engine_tp, bucket_bytes=size)
+
+            def home(endpoint: Endpoint) -> int:
+                return push.endpoints.index(endpoint) * push.engine_tp
+
+            return Ipc(trainer, first_rank, home, tp=push.engine_tp, bucket_bytes=size)
         case "disk":
             return Disk(trainer, first_rank, Path(push.folder), Path(push.scratch), torch.float32)
 

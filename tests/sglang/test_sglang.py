@@ -110,6 +110,22 @@ def test_engine_that_computes_otherwise_stops_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_colocated_servers_sleep_while_the_student_trains(tmp_path: Path) -> None:
+    config = runs.make_inputs(tmp_path)
+    config["run"]["steps"] = 3
+    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "placement": "colocated", "tp": 2}
+    config["student"]["offload"] = True
+    result = runs.run(tmp_path, config)
+    assert result.returncode == 0, result.stderr
+    for record in runs.metrics(tmp_path / "run")[1:]:
+        assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats
+        assert record["weight_sync/probe_gap"] < 1e-4
+    for name in ("0-student", "1-teacher"):
+        log = (tmp_path / "run" / "sglang" / f"{name}.log").read_text()
+        assert log.count("POST /release_memory_occupation") == 3
+        assert log.count("POST /resume_memory_occupation") >= 2
+
+
 @pytest.mark.parametrize("student", ["dense", "experts"])
 def test_run_through_sglang(tmp_path: Path, student: str) -> None:
     config = runs.make_inputs(tmp_path)
