@@ -101,6 +101,10 @@ class RolloutConfig(_Section):
     # Nats a token: mean |log pi_trainer - log pi_engine| of a step's rollouts; ours. Kernels differ by some 0.01 in bf16, an
     # engine that has other weights by 1 and more. null: no bound.
     max_engine_gap: float | None = Field(default=0.2, gt=0)
+    # Of SGLang's servers. colocated: on the training's own devices, which the two have by turns.
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    # auto: ipc where colocated, else collective. disk: a folder in run.dir that the servers see too, where nothing else works.
+    weight_sync: Literal["auto", "collective", "ipc", "disk"] = "auto"
     engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts
     urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
     api_key_file: str | None = None  # of the servers at urls: a text file
@@ -111,7 +115,15 @@ class RolloutConfig(_Section):
     request_timeout: float = Field(default=600.0, gt=0)  # seconds for one response, one call, or one broadcast of weights
     max_restarts: int = Field(default=3, ge=0)  # of each server that the run started and lost
     sync_bucket_bytes: int = Field(default=1 << 29, ge=1)  # of one broadcast of weights
+    digests: Literal["first", "always"] = "first"  # pushes whose tensors are compared by digest with what the servers then have
     sglang: dict[str, Any] = {}  # native ServerArgs fields, checked against the installed package
+
+    @property
+    def transport(self) -> Literal["collective", "ipc", "disk"]:
+        """The way of the weights to SGLang's servers."""
+        if self.weight_sync != "auto":
+            return self.weight_sync
+        return "ipc" if self.placement == "colocated" else "collective"
 
 
 class DataConfig(_Section):
@@ -427,6 +439,7 @@ def _check_combinations(config: Config) -> None:
     _check_attached(config)
     if config.rollout.sglang and config.rollout.backend != "sglang":
         raise OpdError("rollout.sglang: set, but rollout.backend is embedded; set rollout.backend=sglang or remove it")
+    _check_placement(config.rollout)
     if config.optimizer.warmup_steps >= config.run.steps:
         raise OpdError(
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below run.steps={config.run.steps}; lower it"
@@ -473,6 +486,10 @@ def _check_attached(config: Config) -> None:
     listed = ", ".join(rollout.urls)
     if rollout.backend != "sglang":
         raise OpdError(f"rollout.urls: {listed}, but rollout.backend is embedded; set rollout.backend=sglang or remove them")
+    if rollout.placement == "colocated":
+        raise OpdError(
+            f"rollout.placement: colocated, but the servers at {listed} were started elsewhere; set placement=disaggregated"
+        )
     for url in rollout.urls:
         if not re.fullmatch(r"https?://[^/\s]+/?", url):
             raise OpdError(f"rollout.urls: {url!r} is no URL of a server; give one such as http://10.0.0.7:30000")
@@ -501,6 +518,22 @@ def _check_layout(section: str, parallel: ParallelConfig) -> None:
         raise OpdError(f"{key}.vpp: {parallel.vpp}, but a frozen model has no backward to interleave with; set vpp=1")
     if parallel.vpp > 1 and parallel.pp == 1:
         raise OpdError(f"{key}.vpp: {parallel.vpp} virtual stages need pp > 1; set pp=2 or more, or vpp=1")
+
+
+def _check_placement(rollout: RolloutConfig) -> None:
+    if rollout.backend != "sglang" and (rollout.placement == "colocated" or rollout.weight_sync != "auto"):
+        key = "placement" if rollout.placement == "colocated" else "weight_sync"
+        raise OpdError(f"rollout.{key}: of SGLang's servers, but rollout.backend is embedded; set backend=sglang or remove it")
+    if rollout.placement == "colocated" and rollout.transport == "collective":
+        raise OpdError(
+            "rollout.weight_sync: collective, but rollout.placement is colocated, and NCCL refuses two ranks on one GPU; "
+            "set weight_sync=auto"
+        )
+    if rollout.placement == "disaggregated" and rollout.transport == "ipc":
+        raise OpdError(
+            "rollout.weight_sync: ipc, but rollout.placement is disaggregated: the servers share no device with the training; "
+            "set placement=colocated or weight_sync=auto"
+        )
 
 
 def _check_loss(config: Config) -> None:

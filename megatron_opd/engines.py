@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from megatron_opd.config import Config
+from megatron_opd.data import Multiples
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
@@ -21,13 +22,17 @@ from megatron_opd.sglang.attached import Attached, Expected
 from megatron_opd.sglang.client import Endpoint, read_key
 from megatron_opd.sglang.fleet import Fleet, Place
 from megatron_opd.sglang.launched import launch
+from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import ServerSpec, start_by_hand
 from megatron_opd.types import RolloutEngine, WeightSync
-from megatron_opd.weight_sync.collective import CollectiveSync, Transport
+from megatron_opd.weight_sync.collective import Collective
+from megatron_opd.weight_sync.delivery import Carrier
+from megatron_opd.weight_sync.disk import Disk
+from megatron_opd.weight_sync.ipc import Ipc
 from megatron_opd.weight_sync.memory import MemorySync
-from megatron_opd.weight_sync.shards import OwnShards, has_own_shards
-from megatron_opd.weight_sync.whole import WholeTensors
+from megatron_opd.weight_sync.probe import Probe
+from megatron_opd.weight_sync.sync import EngineSync
 
 _STUDENT = "student"
 _HTTP_PORT = 80
@@ -45,17 +50,28 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
     rollout = config.rollout
     if rollout.backend != "sglang" or not (config.samples or config.teacher_writes):
         return None
+    native = rollout.sglang
+    shares_gpus = rollout.placement == "colocated" and platform.device.type == "cuda"
+    if shares_gpus:
+        native = {"enable_memory_saver": True, "enable_weights_cpu_backup": True, **native}  # nobody pushes a teacher's again
     specs = []
     if config.samples and not rollout.urls:
         specs += [student_server(config, inputs.student, platform)] * rollout.engines
     teachers = {_server_name(name): folder for name, folder in inputs.teachers.items()} if config.teacher_writes else {}
-    specs += [_spec(config, platform, name, folder, rollout.sglang) for name, folder in teachers.items()]
+    specs += [_spec(config, platform, name, folder, native) for name, folder in teachers.items()]
 
     def open_places() -> list[Place]:
         attached = _attach(config, inputs) if config.samples else []
-        return [*attached, *launch(specs, max_restarts=rollout.max_restarts, startup_timeout=rollout.startup_timeout)]
+        launched = launch(
+            specs,
+            max_restarts=rollout.max_restarts,
+            startup_timeout=rollout.startup_timeout,
+            gpus=dist.get_world_size() if shares_gpus else None,
+        )
+        return [*attached, *launched]
 
-    fleet = Fleet(open_places, teachers, patience=rollout.startup_timeout)
+    models = (*([_STUDENT] if config.samples else []), *teachers)
+    fleet = Fleet(open_places, models, frozen=teachers, patience=rollout.startup_timeout)
     if rollout.urls:
         fleet.wait_until_ready()  # a server that does not fit is refused before any model is built
     return fleet
@@ -63,7 +79,9 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
 
 def student_server(config: Config, folder: HFFolder, platform: Platform) -> ServerSpec:
     """Of the student, with random weights until the first are sent."""
-    return _spec(config, platform, _STUDENT, folder, {"load_format": "dummy", **config.rollout.sglang})
+    shares_gpus = config.rollout.placement == "colocated" and platform.device.type == "cuda"
+    native = {"enable_memory_saver": True} if shares_gpus else {}
+    return _spec(config, platform, _STUDENT, folder, {"load_format": "dummy", **native, **config.rollout.sglang})
 
 
 def how_to_start(config: Config, folder: HFFolder, platform: Platform) -> str:
@@ -153,29 +171,73 @@ def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: 
             in_flight=config.rollout.max_batch_size,
             timeout=config.rollout.request_timeout,
             frozen=frozen,
+            residence=residences[name],
         )
 
+    residences = {
+        name: Residence(config.rollout.request_timeout) if config.rollout.placement == "colocated" else None
+        for name in servers.models
+    }
     student, teacher, weight_sync = None, None, None
     if config.samples:
         student = engine(_STUDENT, inputs.student, frozen=False)
-        weight_sync = _sync(config, platform, trainer, servers, student.roster)
+        weight_sync = _sync(config, inputs, platform, trainer, servers, student.roster, residences[_STUDENT])
     if inputs.teachers and config.teacher_writes:
         own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
     return Engines(student, teacher, weight_sync)
 
 
-def _sync(config: Config, platform: Platform, trainer: Trainer, servers: Fleet, roster: Roster) -> WeightSync:
-    tp, timeout = config.rollout.tp, config.rollout.request_timeout
-    own_shards = has_own_shards(trainer.spec, tp, platform.device.type)
-    transport: Transport = OwnShards(trainer.spec.dims, tp, timeout) if own_shards else WholeTensors(tp, timeout)
-    return CollectiveSync(
+def _sync(
+    config: Config,
+    inputs: Inputs,
+    platform: Platform,
+    trainer: Trainer,
+    servers: Fleet,
+    roster: Roster,
+    residence: Residence | None,
+) -> WeightSync:
+    rollout = config.rollout
+    probe = Probe(
+        inputs.prompts,
+        context=inputs.student.config.max_position_embeddings,
+        multiples=Multiples.of([config.student.parallel]),
+        bound=rollout.max_engine_gap,
+    )
+    return EngineSync(
         trainer,
         servers.first_rank,
         roster,
-        transport,
-        host=config.rollout.host,
-        backend=platform.backend,
-        bucket_bytes=config.rollout.sync_bucket_bytes,
-        timeout=timeout,
+        _carrier(config, inputs, platform, trainer, servers),
+        probe,
+        tp=rollout.tp,
+        host=rollout.host,
+        timeout=rollout.request_timeout,
+        always_check=rollout.digests == "always",
+        residence=residence,
     )
+
+
+def _carrier(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet) -> Carrier:
+    rollout, first_rank = config.rollout, servers.first_rank
+    match rollout.transport:
+        case "disk":
+            folder = Path(config.run.dir) / "weights"
+            return Disk(trainer, first_rank, inputs.student.path, folder, dtype_of(config))
+        case "ipc":
+            return Ipc(
+                trainer,
+                first_rank,
+                lambda endpoint: servers.number(endpoint) * rollout.tp,
+                tp=rollout.tp,
+                bucket_bytes=rollout.sync_bucket_bytes,
+            )
+        case "collective":
+            return Collective(
+                trainer,
+                first_rank,
+                tp=rollout.tp,
+                backend=platform.weight_backend,
+                bucket_bytes=rollout.sync_bucket_bytes,
+                timeout=rollout.request_timeout,
+            )

@@ -106,10 +106,12 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         read_key("rollout.api_key_file", config.rollout.api_key_file)
     if config.starts_servers:
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
-        if platform.device.type == "cuda" and not config.rollout.sglang.get("base_gpu_id"):
+        if config.rollout.placement == "colocated":
+            _check_colocated(config, world_size)
+        elif platform.device.type == "cuda" and not config.rollout.sglang.get("base_gpu_id"):
             raise OpdError(
                 "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
-                "give the first GPU that is free for them, and start on fewer ranks"
+                "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
             )
     tokenizer = load_tokenizer(student.path)
     for folder in models.frozen.values():
@@ -193,6 +195,16 @@ def axes(parallel: ParallelConfig, world_size: int) -> str:
     sizes["dp"] = world_size // parallel.model_parallel_size
     shown = " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "vpp" or size > 1)
     return shown + (" with sequence parallelism" if parallel.sequence_parallel else "")
+
+
+def _check_colocated(config: Config, world_size: int) -> None:
+    """Each training rank has one engine rank on its device, and all of them are on this machine."""
+    engine_ranks = config.rollout.engines * config.rollout.tp
+    if engine_ranks != world_size:
+        raise OpdError(
+            f"rollout.engines: {config.rollout.engines} servers of rollout.tp={config.rollout.tp} are {engine_ranks} ranks, "
+            f"but the training has {world_size}; with placement=colocated set them equal"
+        )
 
 
 def _check_weights(folder: HFFolder, spec: ModelSpec, section: str, megatron: dict[str, Path]) -> None:

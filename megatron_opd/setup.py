@@ -38,8 +38,16 @@ class System:
     monitors: Monitors
     servers: Fleet | None  # of SGLang
 
+    def sleep_engines(self) -> None:
+        """Engines on the training's devices give them up until they are used again. Collective over the world."""
+        for engine in (self.engine, self.teacher_engine):
+            if engine is not None:
+                engine.sleep()
+
     def close(self) -> None:
         """End what runs beside this process."""
+        if self.weight_sync is not None:
+            self.weight_sync.leave()
         if self.servers is not None:
             self.servers.stop()
 

@@ -17,7 +17,6 @@ from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
 from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified
-from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
@@ -78,6 +77,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         with trainer.off_device():  # engines and frozen models have the memory
             with clock.phase("rollout"):
                 rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
+                system.sleep_engines()
             alarms = system.monitors.observe(state.step + 1, rollouts)
             shares = pack(
                 rollouts,
@@ -95,13 +95,15 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         state.step += 1
         _count_skips(state, stats)
         with clock.phase("weight_sync"):
-            if system.weight_sync and not stats.skipped:
-                state.policy_version += 1
-                system.weight_sync.push(state.policy_version)
+            sync = None
+            if system.weight_sync and (not stats.skipped or config.rollout.placement == "colocated"):  # asleep, it forgot them
+                state.policy_version += not stats.skipped
+                sync = system.weight_sync.push(state.policy_version)
 
         record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
         record |= {**system.monitors.summary(), **clock.record(stats.tokens)}
         record |= system.engine.figures() if system.engine else {}
+        record |= sync.figures() if sync else {}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
             record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)
@@ -192,9 +194,7 @@ def _evaluate(
 def _finish(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:
     """The HF export, which transformers and SGLang load, and the summary."""
     target = Path(config.run.dir) / "hf"
-    trainer = system.trainer
-    trainer.complete_parameters()
-    weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
+    weights = system.trainer.export().whole()
     if dist.get_rank() == 0:
         write_hf_folder(weights, inputs.student.path, target, dtype_of(config))
     else:

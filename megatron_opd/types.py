@@ -276,6 +276,10 @@ class RolloutEngine(Protocol):
         """One rollout for each request, in the order of the requests."""
         ...
 
+    def sleep(self) -> None:
+        """Give device memory to the training until the next :meth:`generate`, where the two share devices."""
+        ...
+
     def figures(self) -> dict[str, float | None]:
         """Metrics of the last :meth:`generate`, on the first rank; not collective."""
         ...
@@ -289,14 +293,36 @@ class WeightReceiver(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SyncStats:
+    """One delivery of weights; equal on all ranks."""
+
+    received_bytes: float  # by an engine rank, on average
+    shard_bytes: float  # of the parameters that it keeps
+    probe_gap: float | None  # nats a token: |log pi_trainer - log pi_engine| on a fixed sequence; None: not probed
+
+    def figures(self) -> dict[str, float | None]:
+        """As metrics.jsonl has them."""
+        return {
+            "weight_sync/received_mib": self.received_bytes / 2**20,
+            "weight_sync/received_over_shard": self.received_bytes / self.shard_bytes,
+            "weight_sync/probe_gap": self.probe_gap,
+        }
+
+
 class WeightSync(Protocol):
     """Brings the student's weights to its engine."""
 
-    def push(self, version: int) -> None:
+    def push(self, version: int) -> SyncStats | None:
         """The student's current weights become the engine's; its later rollouts carry ``version``.
 
-        Collective over the world. Raises OpdError where the engine does not have them all afterwards.
+        Collective over the world; None in the same process, where nothing is sent. Raises OpdError where the engine does not
+        have them all afterwards.
         """
+        ...
+
+    def leave(self) -> None:
+        """The end of the run: give up what connects to engines. Not collective."""
         ...
 
 

@@ -228,6 +228,16 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "fewer prompts than a step takes": (put("data.prompts_per_step", 100), ["data.prompts_per_step", "100", "60"]),
     "held-out prompts are trained on": (heldout_is_trained_on, ["eval.prompts", "trained on"]),
     "SGLang's arguments without SGLang": (put("rollout.sglang", {"tp_size": 2}), ["rollout.sglang", "rollout.backend=sglang"]),
+    "colocated without SGLang": (put("rollout.placement", "colocated"), ["rollout.placement", "backend=sglang"]),
+    "way of the weights without SGLang": (put("rollout.weight_sync", "disk"), ["rollout.weight_sync", "backend=sglang"]),
+    "collective on shared devices": (
+        put("rollout", {"backend": "sglang", "placement": "colocated", "weight_sync": "collective"}),
+        ["rollout.weight_sync", "colocated", "weight_sync=auto"],
+    ),
+    "ipc between devices": (
+        put("rollout", {"backend": "sglang", "weight_sync": "ipc"}),
+        ["rollout.weight_sync: ipc", "disaggregated", "placement=colocated"],
+    ),
     "no SGLang in the environment": (
         put("rollout.backend", "sglang"),
         ["rollout.python", "no package sglang", "install sglang==0.5.21"],
@@ -247,6 +257,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "attached with arguments": (
         both(attached("http://127.0.0.1:1"), put("rollout.sglang", {"page_size": 1})),
         ["rollout.sglang", "rollout.urls", "remove"],
+    ),
+    "attached on the training's devices": (
+        both(attached("http://127.0.0.1:1"), put("rollout.placement", "colocated")),
+        ["rollout.placement", "colocated", "placement=disaggregated"],
     ),
     "attached elsewhere": (
         attached("http://10.0.0.7:30000"),

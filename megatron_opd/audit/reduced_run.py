@@ -14,7 +14,8 @@ from megatron_opd.config import Config, teacher_key
 from megatron_opd.data.packing import context_slice
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
-from megatron_opd.mcore.hf_mapping import Sharding, entries, export_weights, named_parameters
+from megatron_opd.mcore.hf_export import Export
+from megatron_opd.mcore.hf_mapping import Sharding, entries, named_parameters
 from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
@@ -93,7 +94,7 @@ class GradientTrainer(Trainer):
         with torch.no_grad():
             for parameter in parameters:
                 parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]  # what exports weights brings gradients to HF names as well
-            exported = export_weights(self.chunks, self.spec.architecture, self.spec.dims, self.layout)
+            exported = Export(self.chunks, self.spec.architecture, self.spec.dims, self.layout).whole()
             gradients = {name: gradient.cpu().clone() for name, gradient in exported}
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)

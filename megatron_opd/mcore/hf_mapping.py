@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from torch.nn import Parameter
@@ -180,7 +179,7 @@ _TE_NAMES = {
 }
 
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # Transformer Engine's grouped linear layers
-_LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
+LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
 
 def table_for(architecture: str) -> tuple[Entry, ...]:
@@ -219,7 +218,7 @@ def _named_parameters(chunk: GPTModel, first_expert: int) -> dict[str, Parameter
         if name.startswith("decoder.layers."):
             _, _, number, rest = name.split(".", 3)
             rest = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(rest, rest))
-            rest = _LOCAL_EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + first_expert}.", rest)
+            rest = LOCAL_EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + first_expert}.", rest)
             name = f"decoder.layers.{int(number) + first_layer}.{rest}"
         named[name] = parameter
     return named
@@ -248,42 +247,3 @@ def load_weights(
         raise OpdError(
             f"{architecture}: no weights are mapped to {', '.join(parameters)}; its config has parts that are not supported"
         )
-
-
-@torch.no_grad()
-def export_weights(
-    chunks: Sequence[GPTModel], architecture: str, dims: Dimensions, layout: ParallelLayout
-) -> Iterator[tuple[str, Tensor]]:
-    """Every HF tensor, full and unpadded, on every rank of this data-parallel replica, one at a time.
-
-    Collective over the tensor-parallel group (gather), for experts over the expert-parallel group (broadcast from the owner),
-    and over the pipeline-parallel group (broadcast from the owning stage): all ranks must consume the whole stream.
-    """
-    experts_here = dims.experts // layout.ep_size
-    parameters = named_parameters(chunks, layout.ep_rank * experts_here)
-    owned: list[dict[str, torch.Size]] = [{} for _ in range(layout.pp_size)]
-    dist.all_gather_object(owned, {name: p.shape for name, p in parameters.items()}, group=layout.pp)
-    dtype, device = next((p.dtype, p.device) for p in parameters.values())
-    for entry in entries(architecture, dims):
-        local_name, expert_owner = entry.megatron, 0
-        if entry.expert is not None:  # every rank of the group has as many, so an own one tells stage and shape
-            expert_owner, place = divmod(entry.expert, experts_here)
-            local_name = _LOCAL_EXPERT.sub(f"local_experts.{layout.ep_rank * experts_here + place}.", entry.megatron)
-        owner = next(stage for stage, shapes in enumerate(owned) if local_name in shapes)
-        if entry.expert is not None:
-            full = torch.empty(owned[owner][local_name], dtype=dtype, device=device)
-            if layout.pp_rank == owner:
-                full.copy_(parameters[local_name].detach())
-                dist.broadcast(full, dist.get_global_rank(layout.ep, expert_owner), group=layout.ep)
-            shards = [full]
-        elif layout.pp_rank == owner:
-            local = parameters[entry.megatron].detach().contiguous()
-            shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
-            dist.all_gather(shards, local, group=layout.tp)
-        else:
-            shards = [torch.empty(owned[owner][entry.megatron], dtype=dtype, device=device) for _ in range(layout.tp_size)]
-        full = entry.sharding.unshard(shards)
-        if layout.pp_size > 1:
-            full = full.contiguous()
-            dist.broadcast(full, dist.get_global_rank(layout.pp, owner), group=layout.pp)
-        yield from zip(entry.hf, entry.sharding.split(full, dims), strict=True)

@@ -31,6 +31,11 @@ class Platform:
             return Platform(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl", transformer_engine=True)
         return Platform(torch.device("cpu"), "gloo", transformer_engine=False)
 
+    @property
+    def weight_backend(self) -> str:
+        """Of the groups in which weights go to engines."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
     def device_count(self) -> int | None:
         """Visible GPUs; None on CPU, where as many ranks run as are asked for."""
         return torch.cuda.device_count() if self.device.type == "cuda" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch.nn import Parameter
 
 from megatron_opd.config import OptimizerConfig
 from megatron_opd.losses import distillation_loss
+from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.offload import offloaded
 from megatron_opd.mcore.parallel import ParallelLayout, has_gloo
 from megatron_opd.mcore.platform import Platform
-from megatron_opd.mcore.schedule import forward_backward
+from megatron_opd.mcore.schedule import forward_backward, forward_only
 from megatron_opd.types import FrozenScores, LossOutput, LossTerms, Objective, PackedBatch, RunStopped, StepStats
 
 
@@ -136,6 +138,45 @@ class Trainer:
         if self.gathers_late:
             for ddp in self.ddp:
                 ddp.start_param_sync(force_sync=True)
+
+    def label_log_probs(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """[T/cp] nats for each micro-batch, at temperature 1, of its labels with a gold weight; last stage only.
+
+        Over the whole vocabulary of the model. Collective over the model-parallel groups.
+
+        ``batches``: the same on every data-parallel rank, sliced for context parallelism.
+        """
+        labels_alone = replace(
+            self.objective,
+            student_weight=0.0,
+            teacher_weight=0.0,
+            gold_weight=1.0,
+            reference_kl=0.0,
+            temperature=1.0,
+            off_policy="cross_entropy",
+        )
+        hidden = forward_only(self.chunks, HiddenStateModel.forward_packed, batches, self.layout)
+        with torch.no_grad():
+            return [
+                distillation_loss(
+                    each,
+                    self._lm_head(),
+                    batch,
+                    labels_alone,
+                    teacher_hidden=None,
+                    teacher_head=None,
+                    reference_hidden=None,
+                    reference_head=None,
+                    vocab_size=self.spec.dims.vocab_size,
+                    group=self.layout.tp,
+                ).log_probs
+                for each, batch in zip(hidden, batches, strict=bool(hidden))
+            ]
+
+    def export(self) -> Export:
+        """The current weights as Hugging Face tensors. Collective over the data-parallel group."""
+        self.complete_parameters()
+        return Export(self.chunks, self.spec.architecture, self.spec.dims, self.layout)
 
     @contextmanager
     def off_device(self) -> Iterator[None]:

@@ -76,6 +76,9 @@ class EmbeddedEngine:
             raise OpdError(f"{self._folder}: the logits of policy version {self._version} are not finite; look at its weights")
         return [self._rollout(request, response, self._version) for request, response in zip(requests, written, strict=True)]
 
+    def sleep(self) -> None:
+        """It stays: as many bytes as the student's weights."""
+
     def figures(self) -> dict[str, float | None]:
         return {}
 

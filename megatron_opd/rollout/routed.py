@@ -23,5 +23,9 @@ class RoutedEngine:
                 rollouts.update(zip(places, engine.generate([requests[place] for place in places], own), strict=True))
         return [rollouts[place] for place in range(len(requests))]
 
+    def sleep(self) -> None:
+        for engine in self.engines.values():
+            engine.sleep()
+
     def figures(self) -> dict[str, float | None]:
         return {}  # a step's are the student's

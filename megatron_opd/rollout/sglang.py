@@ -9,6 +9,7 @@ from megatron_opd.rollout.responses import whole_response
 from megatron_opd.sglang.client import Generated, generation
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.types import OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer, VersionSpan
 
@@ -26,6 +27,7 @@ class SGLangEngine:
         in_flight: requests at each server at once.
         timeout: seconds for one response.
         frozen: the weights never change; the rollouts carry version 0.
+        residence: of the servers' memory, where they share devices with the training.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class SGLangEngine:
         in_flight: int,
         timeout: float,
         frozen: bool = False,
+        residence: Residence | None = None,
     ) -> None:
-        self.roster, self._first_rank = roster, first_rank
+        self.roster, self._first_rank, self._residence = roster, first_rank, residence
         self._tokenizer, self._context, self._vocab_size = tokenizer, context, vocab_size
         self._in_flight, self._timeout, self._frozen = in_flight, timeout, frozen
         self._lengths: dict[str, float] = {}  # of the last response to each prompt, tokens
@@ -50,12 +53,20 @@ class SGLangEngine:
         """Raises OpdError, on every rank: a prompt leaves no room, no server is left, or one answered with other weights."""
         return self._first_rank.run(lambda: self._generate(requests, sampling))
 
+    def sleep(self) -> None:
+        """Their memory is the training's until the next :meth:`generate`; the student's weights, until the next push."""
+        residence = self._residence
+        if residence is not None:
+            self._first_rank.run(lambda: residence.release(self.roster.serving()))
+
     def figures(self) -> dict[str, float | None]:
         """Of the last :meth:`generate`; on the first rank, empty elsewhere."""
         return dict(self._figures)
 
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         asks = [self._ask(request, sampling) for request in requests]
+        if self._residence is not None:
+            self._residence.resume(self.roster.serving())
         progress = Progress([self._lengths.get(request.prompt.uid) for request in requests])
         responses, _ = dispatch(
             asks,

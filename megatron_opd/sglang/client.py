@@ -142,15 +142,18 @@ class Client:
     """Control calls to one server, one after another."""
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
-        self.endpoint = endpoint
+        self.endpoint, self._timeout = endpoint, timeout
         self._http = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout)
 
     def get(self, path: str) -> dict[str, Any]:
         return self._call("GET", path, None)
 
-    def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """The answer as an object. Raises EngineError: no connection or no answer in time, an error, ``success: false``."""
-        return self._call("POST", path, body)
+    def post(self, path: str, *, timeout: float | None = None, **body: Any) -> dict[str, Any]:
+        """The answer as an object. Raises EngineError: no connection or no answer in time, an error, ``success: false``.
+
+        ``timeout``: seconds, in place of the client's own.
+        """
+        return self._call("POST", path, body, timeout)
 
     def supports(self, path: str) -> bool:
         """Whether the server has an endpoint: another method than its own is an answer too."""
@@ -159,12 +162,12 @@ class Client:
         except httpx.HTTPError as error:
             raise EngineError(f"SGLang server {self.endpoint.url}: no answer ({type(error).__name__})") from error
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        name = f"SGLang server {self.endpoint.url}: {path}"
+    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float | None = None) -> dict[str, Any]:
+        name, limit = f"SGLang server {self.endpoint.url}: {path}", timeout or self._timeout
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = self._http.request(method, path, json=body, timeout=limit)
         except httpx.TimeoutException as error:
-            raise EngineError(f"{name}: no answer in {self._http.timeout.read:.0f} s") from error
+            raise EngineError(f"{name}: no answer in {limit:.0f} s") from error
         except httpx.HTTPError as error:
             raise EngineError(f"{name}: {error}") from error
         if answer.is_error:

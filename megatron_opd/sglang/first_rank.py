@@ -47,6 +47,21 @@ class FirstRank:
             raise OpdError(failure) from cause
         return result  # type: ignore[return-value]
 
+    def everywhere(self, action: Callable[[], Result]) -> Result:
+        """Each rank's own result; where one fails, the first failure on every rank. Collective over the world.
+
+        ``action`` itself is not collective over the world, or is on all ranks alike, whatever fails.
+        """
+        result, failure, cause = None, None, None
+        try:
+            result = action()
+        except Exception as error:
+            failure, cause = str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}", error
+        first = next((each for each in self.gather(failure) if each is not None), None)
+        if first is not None:
+            raise OpdError(first) from cause
+        return result  # type: ignore[return-value]
+
     def gather(self, value: Result) -> list[Result]:
         """Every rank's value, in the order of the ranks, on every rank. Collective over the world."""
         values: list[Any] = [None] * dist.get_world_size()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from megatron_opd.sglang.client import Endpoint
+from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.types import OpdError
@@ -36,15 +36,24 @@ class Place(Protocol):
 class Fleet:
     """All methods but :meth:`roster` and :meth:`stop` are collective over the world; the places are the first rank's."""
 
-    def __init__(self, open_places: Callable[[], Sequence[Place]], frozen: Collection[str], *, patience: float) -> None:
+    def __init__(
+        self,
+        open_places: Callable[[], Sequence[Place]],
+        models: Sequence[str],
+        *,
+        frozen: Collection[str],
+        patience: float,
+    ) -> None:
         """Raises OpdError.
 
         Args:
             open_places: called on the first rank.
-            frozen: names of the models whose weights never change.
+            models: whose weights the servers have.
+            frozen: those of the models whose weights never change.
             patience: seconds that a lost server may take to come back where something waits for it.
         """
         self.first_rank = FirstRank()
+        self.models = tuple(models)
         self._frozen, self._patience = frozen, patience
         self._places: list[Place] = []
         self._rosters: dict[str, Roster] = {}
@@ -73,6 +82,14 @@ class Fleet:
     def roster(self, name: str) -> Roster:
         """Of the servers with the weights ``name``; on the first rank, empty elsewhere."""
         return self._rosters.get(name) or Roster(name, [])
+
+    def number(self, endpoint: Endpoint) -> int:
+        """Of a server's place among those of the same model, however often it was started; on the first rank."""
+        for name in self._rosters:
+            endpoints = [place.endpoint for place in self._places if place.model == name]
+            if endpoint in endpoints:
+                return endpoints.index(endpoint)
+        raise EngineError(f"SGLang server {endpoint.url}: was started anew just now")
 
     def _keep(self) -> None:
         # One thread as long as the run: the kernel ends a server with the thread that started it.

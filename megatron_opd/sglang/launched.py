@@ -13,19 +13,22 @@ from megatron_opd.sglang.server import Server, ServerSpec
 from megatron_opd.types import OpdError
 
 
-def launch(specs: Sequence[ServerSpec], *, max_restarts: int, startup_timeout: float) -> list[Launched]:
+def launch(
+    specs: Sequence[ServerSpec], *, max_restarts: int, startup_timeout: float, gpus: int | None = None
+) -> list[Launched]:
     """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places.
 
     Args:
         max_restarts: of each server.
         startup_timeout: seconds, of each start.
+        gpus: those of the training, where the servers share them, each model's over all; None: each server has its own.
     """
     launched: list[Launched] = []
     taken = 0  # GPUs
     for number, spec in enumerate(specs):
         arguments = dict(spec.arguments)
         if spec.device == "cuda":
-            arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + taken
+            arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + (taken if gpus is None else taken % gpus)
         taken += spec.tp
         log = spec.log.with_name(f"{number}-{spec.log.name}")
         own = replace(spec, log=log, seed=spec.seed + number, arguments=arguments)

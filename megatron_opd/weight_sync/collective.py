@@ -1,138 +1,163 @@
-"""Weights to SGLang servers, over process groups of the trainer's first rank and the engines' ranks.
+"""Each engine rank receives its own shard: every pipeline stage broadcasts its layers, all stages at the same time.
 
-The trainer's HF-named stream is sent in buckets of bounded size; a transport knows what each engine rank gets of them.
+A group for each stage and each tensor-parallel rank of the engines holds that stage's sender and that rank of every engine, so
+what a rank does not keep never reaches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.trainer import Trainer
-from megatron_opd.sglang.client import Client, EngineError
+from megatron_opd.sglang.client import EngineError
+from megatron_opd.sglang.engine_side.opd_weights import ABORT, digest, finish, process_group, synchronize
 from megatron_opd.sglang.first_rank import FirstRank
-from megatron_opd.sglang.roster import Roster
-from megatron_opd.types import OpdError
-from megatron_opd.weight_sync.groups import Bucket, results
+from megatron_opd.weight_sync.delivery import Delivery
+from megatron_opd.weight_sync.members import Members, Reports
+from megatron_opd.weight_sync.plan import Digests, Parcel, Plan, conclude, make_plan
+
+_IN_FLIGHT = 2  # buckets of a sender
 
 
-class Transport(Protocol):
-    """On the trainer's first rank alone; raises EngineError."""
-
-    def join(self, clients: Sequence[Client], threads: ThreadPoolExecutor, host: str, backend: str) -> None: ...
-
-    def send(self, bucket: Bucket, version: int, clients: Sequence[Client], threads: ThreadPoolExecutor) -> int:
-        """Returns the bytes that an engine rank received, on average."""
-        ...
-
-    def leave(self, clients: Sequence[Client]) -> None: ...
-
-
-class CollectiveSync:
-    """Every method is collective over the trainer's world, but for :meth:`leave`."""
+class Collective:
+    """A :class:`~megatron_opd.weight_sync.delivery.Carrier` over NCCL or gloo, for engines on devices of their own."""
 
     def __init__(
-        self,
-        trainer: Trainer,
-        first_rank: FirstRank,
-        roster: Roster,
-        transport: Transport,
-        *,
-        host: str,
-        backend: str,
-        bucket_bytes: int,
-        timeout: float,
+        self, trainer: Trainer, first_rank: FirstRank, *, tp: int, backend: str, bucket_bytes: int, timeout: float
     ) -> None:
-        """Join the groups. Raises OpdError on every rank.
-
-        Args:
-            roster: of the servers, on the first rank.
-            host: the trainer's address, as the servers reach it.
-            backend: "nccl" or "gloo".
-            bucket_bytes: of the tensors that are sent together; a larger one goes by itself.
-            timeout: seconds for one call.
+        """Args:
+        tp: tensor-parallel ranks of each engine.
+        backend: "nccl" or "gloo".
+        bucket_bytes: of the tensors that are sent together; a larger one goes by itself.
+        timeout: seconds for all transfers of one version.
         """
-        self._trainer, self._transport, self._bucket_bytes = trainer, transport, bucket_bytes
-        self._first_rank = first_rank
-        self._clients = [Client(endpoint, timeout) for endpoint in roster.candidates()]
-        self._threads = ThreadPoolExecutor(max_workers=max(1, len(self._clients)))
-        self._sessions = False
-        self.received = 0  # bytes, by an engine rank in the last push; on the first rank
-        first_rank.run(lambda: self._join(host, backend))
+        self._trainer, self._first_rank = trainer, first_rank
+        self._tp, self._backend, self._bucket_bytes, self._timeout = tp, backend, bucket_bytes, timeout
+        self._generation = 0
+        self._plan: Plan | None = None
+        self._sender: int | None = None  # this rank's number among the senders
+        self._store: Any = None
+        self._groups: list[Any] = []  # of each engine rank
 
-    def _join(self, host: str, backend: str) -> None:
-        # Between 0.5.19 and 0.5.21 SGLang put updates into sessions.
-        self._sessions = all(client.supports("/begin_weight_update") for client in self._clients)
-        with self._session():
-            self._transport.join(self._clients, self._threads, host, backend)
+    def form(self, members: Members | None) -> None:
+        layout, first_rank = self._trainer.layout, self._first_rank
+        self._generation += 1
+        export = self._trainer.export()
+        sends = layout.tp_rank == layout.cp_rank == layout.dp_rank == 0  # one rank of each stage
+        offered = first_rank.gather(list(export.tensors()) if sends else None)
+        senders = [rank for rank, tensors in enumerate(offered) if tensors is not None]
+        streams = [tensors for tensors in offered if tensors is not None]
 
-    def push(self, version: int) -> None:
-        """The student's current weights become the servers'; their later responses carry ``version``.
+        def plan() -> tuple[Plan, tuple[str, int], int]:
+            assert members is not None
+            found = make_plan(streams, members, self._trainer.spec.dims, self._bucket_bytes)
+            return found, members.address, len(members)
 
-        Raises OpdError on every rank, with the server's name, where a call fails or a server then reports another version.
-        """
-        trainer = self._trainer
-        trainer.complete_parameters()
-        stream = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
-        failure: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                self._send(stream, version)
-            except (OpdError, RuntimeError) as error:
-                failure = error
-        for _ in stream:  # collective, on every rank to its end
-            pass
+        self._plan, (host, port), engines = first_rank.run(plan)
 
-        def outcome() -> None:
+        def join() -> None:
+            ordered = None if members is None else members.order(lambda engine, rank: self._join_command(engine, rank, engines))
+            if sends:
+                self._sender = senders.index(dist.get_rank())
+                self._store = dist.TCPStore(host, port, wait_for_workers=False) if members is None else members.store
+                self._groups = [self._join(rank, engines) for rank in range(self._tp)]
+            if members is not None and ordered is not None:
+                members.reports(ordered)
+
+        first_rank.everywhere(join)
+
+    def send(self, members: Members | None, version: int, *, check: bool) -> Delivery:
+        plan, stream = self._plan, self._trainer.export().stage()
+        assert plan is not None
+
+        def transfer() -> tuple[Digests, Reports]:
+            command = {"action": "load", "digests": check}
+            ordered = None if members is None else members.order(lambda engine, rank: command, version=version)
+            digests, failure = self._broadcast(stream, plan, check=check)
+            # What the engines say comes first: it has a name, and a broken group has none.
+            reports = [] if members is None or ordered is None else members.reports(ordered)
             if failure is not None:
-                raise failure
+                raise EngineError(f"weights to SGLang: {failure}")
+            return digests, reports
 
-        self._first_rank.run(outcome)
+        digests, reports = self._first_rank.everywhere(transfer)
+        sent = [each for each in self._first_rank.gather(digests) if each] if check else []
+        return self._first_rank.run(lambda: conclude(plan, members, reports, sent))
 
-    def leave(self) -> None:
-        """The first rank and the servers forget the groups; not collective."""
-        if dist.get_rank() == 0:
-            self._transport.leave(self._clients)
+    def leave(self, members: Members | None) -> None:
+        if members is not None:
+            with suppress(EngineError):
+                members.begin()
+                members.reports(members.order(lambda engine, rank: {"action": "leave"}))
+                members.end()
+        for group in self._groups:
+            group.abort()
+        self._groups, self._store, self._sender, self._plan = [], None, None, None
 
-    def _send(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self.received = 0
-        with self._session():
-            for bucket in buckets(stream, self._bucket_bytes):
-                self.received += self._transport.send(bucket, version, self._clients, self._threads)
-        self._all(lambda client: client.post("/flush_cache"))
-        for client in self._clients:
-            found = client.get("/model_info").get("weight_version")
-            if found != str(version):
-                raise EngineError(f"SGLang server {client.endpoint.url}: has weights of version {found}, not {version}")
+    def _broadcast(self, stream: Iterator[tuple[str, Tensor]], plan: Plan, *, check: bool) -> tuple[Digests, str | None]:
+        """Send this stage's tensors, where this rank does; the digests of all pieces, and what went wrong.
 
-    @contextmanager
-    def _session(self) -> Iterator[None]:
-        """What is sent inside becomes the model when it ends; after a failure inside the engines are of no use."""
-        if self._sessions:
-            self._all(lambda client: client.post("/begin_weight_update"))
-        yield
-        if self._sessions:
-            self._all(lambda client: client.post("/end_weight_update"))
+        Whatever goes wrong, the stream is read to its end: it is collective over the stage.
+        """
+        digests: Digests = []
+        failure = None
+        if self._sender is not None:
+            try:
+                digests = self._send_buckets(stream, plan.parcels[self._sender], check=check)
+            except (RuntimeError, TimeoutError) as error:
+                failure = " ".join(str(error).split())
+                self._store.set(ABORT, failure)
+        for _ in stream:
+            pass
+        return digests, failure
 
-    def _all(self, call: Callable[[Client], object]) -> None:
-        results([self._threads.submit(call, client) for client in self._clients])
+    def _send_buckets(
+        self, stream: Iterator[tuple[str, Tensor]], parcels: Sequence[Sequence[Parcel]], *, check: bool
+    ) -> Digests:
+        """``parcels``: [bucket][engine rank]."""
+        under_way: deque[list[Any]] = deque()
+        digests: Digests = [[] for _ in range(self._tp)]
+        for bucket in parcels:
+            flats = [torch.empty(parcel.nbytes, dtype=torch.uint8, device=self._trainer.device) for parcel in bucket]
+            for name in bucket[0].names:
+                found, full = next(stream)
+                assert found == name
+                for parcel, flat, own in zip(bucket, flats, digests, strict=True):
+                    part = parcel.write(name, full, flat)
+                    if check and part is not None:
+                        own.append(digest(part))
+            under_way.append([group.broadcast([flat]) for group, flat in zip(self._groups, flats, strict=True)])
+            while len(under_way) >= _IN_FLIGHT:
+                finish(under_way.popleft(), self._store, self._timeout)
+        for works in under_way:
+            finish(works, self._store, self._timeout)
+        synchronize(self._trainer.device)
+        return digests
 
+    def _join(self, rank: int, engines: int) -> Any:
+        """This sender's group with engine rank ``rank``; NCCL connects in its first collective."""
+        assert self._sender is not None
+        group = process_group(self._backend, self._store, self._name(self._sender, rank), 0, 1 + engines, self._timeout)
+        finish([group.broadcast([torch.empty(1, device=self._trainer.device)])], self._store, self._timeout)
+        return group
 
-def buckets(stream: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
-    """Consecutive tensors of at most ``limit`` bytes together, or one that is larger."""
-    bucket: Bucket = []
-    size = 0
-    for name, tensor in stream:
-        if bucket and size + tensor.nbytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor.detach().clone()))  # the stream may reuse its buffers
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+    def _join_command(self, engine: int, rank: int, engines: int) -> dict[str, Any]:
+        assert self._plan is not None
+        return {
+            "action": "join",
+            "backend": self._backend,
+            "groups": [self._name(sender, rank) for sender in range(len(self._plan.parcels))],
+            "rank": 1 + engine,
+            "size": 1 + engines,
+            **self._plan.command(rank),
+        }
+
+    def _name(self, sender: int, rank: int) -> str:
+        return f"{self._generation}/{sender}/{rank}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.types import WeightReceiver
 
@@ -15,7 +14,7 @@ class MemorySync:
 
     def push(self, version: int) -> None:
         """The student's current weights become the engine's; its later rollouts carry ``version``. Raises OpdError."""
-        trainer = self.trainer
-        trainer.complete_parameters()
-        weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
-        self.engine.load_weights(weights, version)
+        self.engine.load_weights(self.trainer.export().whole(), version)
+
+    def leave(self) -> None:
+        """Nothing connects."""

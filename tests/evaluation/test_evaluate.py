@@ -16,6 +16,8 @@ class EvenHandedEngine:
     def __init__(self) -> None:
         self.requests: list[RolloutRequest] = []
 
+    def sleep(self) -> None: ...
+
     def figures(self) -> dict[str, float | None]:
         return {}
 

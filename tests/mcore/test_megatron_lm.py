@@ -19,7 +19,7 @@ from packaging.version import Version
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
-from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint, load_megatron_lm
 from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.types import OpdError
@@ -55,7 +55,7 @@ def save_as_megatron_lm(folder: str, parallel: ParallelConfig, target: str, padd
 def weights_from_megatron_lm(folder: str, parallel: ParallelConfig, checkpoint: str) -> Weights:
     chunks, spec, layout = _empty_model(folder, parallel)
     load_megatron_lm(chunks, find_checkpoint(checkpoint, "student.load"), "student.load")
-    return {name: weight.clone() for name, weight in export_weights(chunks, spec.architecture, spec.dims, layout)}
+    return {name: weight.clone() for name, weight in Export(chunks, spec.architecture, spec.dims, layout).whole()}
 
 
 def _empty_model(folder: str, parallel: ParallelConfig, padded_vocab: int | None = None):  # type: ignore[no-untyped-def]
@@ -124,7 +124,7 @@ def read_as_megatron_lm(folder: str, parallel: ParallelConfig, checkpoint: str) 
     loaded = dist_checkpointing.load(wanted, checkpoint)
     chunks[0].load_state_dict(loaded["model"])
     assert common["checkpoint_version"] == 3.0
-    weights = {name: weight.clone() for name, weight in export_weights(chunks, spec.architecture, spec.dims, layout)}
+    weights = {name: weight.clone() for name, weight in Export(chunks, spec.architecture, spec.dims, layout).whole()}
     return weights, common["args"], common["iteration"]
 
 

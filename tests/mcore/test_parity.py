@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder, write_hf_folder
-from megatron_opd.mcore.hf_mapping import export_weights
+from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.model import HiddenStateModel
 from megatron_opd.mcore.schedule import forward_only
 from tests.conftest import Table
@@ -96,7 +96,7 @@ def test_logits_equal_transformers(pool: WorkerPool, tmp_path: Path, table: Tabl
 def exported(folder: str, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
     layout, platform = open_layout(parallel)
     chunks, spec = build_student(folder, parallel, layout, platform)
-    return {name: tensor.clone() for name, tensor in export_weights(chunks, spec.architecture, spec.dims, layout)}
+    return {name: tensor.clone() for name, tensor in Export(chunks, spec.architecture, spec.dims, layout).whole()}
 
 
 @pytest.mark.parametrize(("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", *EXPERTS))

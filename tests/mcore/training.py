@@ -16,7 +16,6 @@ from megatron_opd.data import Multiples, context_slice, pack
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint import load_checkpoint, start_checkpoint
 from megatron_opd.mcore.frozen import FrozenModel
-from megatron_opd.mcore.hf_mapping import export_weights
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
@@ -126,9 +125,7 @@ def build_scorer(folder: str, case: Case, layout: ParallelLayout, platform: Plat
 
 
 def hf_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    trainer.complete_parameters()
-    weights = export_weights(trainer.chunks, trainer.spec.architecture, trainer.spec.dims, trainer.layout)
-    return {name: tensor.clone() for name, tensor in weights}
+    return {name: tensor.clone() for name, tensor in trainer.export().whole()}
 
 
 def train_steps(student: str, teacher: str, case: Case, steps: int) -> tuple[list[StepStats], dict[str, torch.Tensor]]:

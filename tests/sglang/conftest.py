@@ -11,7 +11,7 @@ from megatron_opd.sglang.server import Server, ServerSpec
 from tests.tiny_models import make_model
 
 PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
-START_UP_SECONDS = 240.0
+START_UP_SECONDS = 600.0
 
 
 def spec(model: Path, log: Path, tp: int = 1, **arguments: object) -> ServerSpec:

@@ -56,7 +56,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def lose_and_regain(model: str, folder: str) -> dict[str, object]:
     own = spec(Path(model), Path(folder) / "frozen.log", load_format="auto")
     fleet = Fleet(
-        lambda: launch([own, own], max_restarts=2, startup_timeout=START_UP_SECONDS), {"student"}, patience=START_UP_SECONDS
+        lambda: launch([own, own], max_restarts=2, startup_timeout=START_UP_SECONDS),
+        ["student"],
+        frozen=["student"],
+        patience=START_UP_SECONDS,
     )
     try:
         fleet.wait_until_ready()

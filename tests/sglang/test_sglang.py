@@ -2,123 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.data.tokenizers import load_tokenizer
 from megatron_opd.rollout.responses import whole_response
-from megatron_opd.rollout.sglang import SGLangEngine
 from megatron_opd.sglang.client import Client, Endpoint, EngineError, Generated, generation
 from megatron_opd.sglang.dispatch import Ask, dispatch
-from megatron_opd.sglang.first_rank import FirstRank
-from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server, check_arguments
-from megatron_opd.types import OpdError, Prompt, Rollout, RolloutRequest, SamplingParams, Source
-from megatron_opd.weight_sync.collective import CollectiveSync
-from megatron_opd.weight_sync.shards import OwnShards
-from megatron_opd.weight_sync.whole import WholeTensors
+from megatron_opd.types import OpdError, SamplingParams
 from tests import runs
-from tests.conftest import Table
-from tests.mcore.training import Case, build_trainer
-from tests.mcore.worlds import open_layout
 from tests.sglang.conftest import PYTHON, spec
+from tests.sglang.pushing import PROMPTS, Push, endpoint_of, push_and_generate
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
 pytestmark = pytest.mark.sglang
-PROMPTS = ((5, 17, 99, 20, 31), (8, 77, 50), (12, 13, 14, 15, 16, 17, 18))
-VERSION = 7
 
 
 def endpoints_of(servers: Sequence[Server]) -> list[Endpoint]:
-    return [Endpoint(server.url, server.api_key) for server in servers]
-
-
-def push_and_generate(
-    folder: str,
-    parallel: ParallelConfig,
-    endpoints: list[Endpoint],
-    engine_tp: int,
-    sampling: SamplingParams,
-    whole: bool = False,
-) -> tuple[list[Rollout], int]:
-    """The folder's weights through a trainer in ``parallel`` to the servers, then two responses to each prompt."""
-    layout, platform = open_layout(parallel)
-    trainer = build_trainer(folder, Case(parallel=parallel), layout, platform)
-    transport = WholeTensors(engine_tp, 60.0) if whole else OwnShards(trainer.spec.dims, engine_tp, 60.0)
-    first_rank, roster = FirstRank(), Roster("student", endpoints)
-    sync = CollectiveSync(
-        trainer, first_rank, roster, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=60.0
-    )
-    sync.push(VERSION)
-    engine = SGLangEngine(
-        first_rank,
-        roster,
-        load_tokenizer(Path(folder)),
-        context=256,
-        vocab_size=trainer.spec.dims.vocab_size,
-        in_flight=4,
-        timeout=60.0,
-    )
-    requests = [
-        RolloutRequest(Prompt(f"p{number}", prompt, ""), Source.STUDENT, seed, seed)
-        for number, prompt in enumerate(PROMPTS)
-        for seed in (1, 2)
-    ]
-    rollouts = engine.generate(requests, sampling)
-    sync.leave()
-    return rollouts, sync.received
-
-
-def log_probs(folder: Path, rollout: Rollout, sampling: SamplingParams) -> torch.Tensor:
-    """[R] nats, by transformers in fp64."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, :, : sampling.vocab_size] / sampling.temperature
-    first = len(rollout.prompt.token_ids)
-    chosen: torch.Tensor = logits.log_softmax(-1)[first - 1 : -1].gather(-1, ids[0, first:, None])[:, 0]
-    return chosen
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["own shards", "whole tensors"])
-@pytest.mark.parametrize(
-    ("parallel", "engine_tp"),
-    [(ParallelConfig(tp=2), 1), (ParallelConfig(tp=2), 2), (ParallelConfig(pp=2), 2), (ParallelConfig(), 1)],
-    ids=["tp2 to tp1", "tp2 to tp2", "pp2 to tp2", "tp1 to tp1"],
-)
-def test_log_probabilities_are_those_of_the_pushed_weights(
-    pool: WorkerPool, model: Path, servers: list[Server], table: Table, parallel: ParallelConfig, engine_tp: int, whole: bool
-) -> None:
-    sampling = SamplingParams(0.7, 0.9, 12, (1, 2), 90)  # ids from 90 on are unknown to another model
-    (endpoint,) = endpoints_of([server for server in servers if server.spec.tp == engine_tp])
-    everywhere = pool.run(
-        parallel.model_parallel_size, push_and_generate, str(model), parallel, [endpoint], engine_tp, sampling, whole
-    )
-    assert all(rollouts == everywhere[0][0] for rollouts, _ in everywhere)
-    all_bytes = sum(weight.nbytes for weight in load_file(model / "model.safetensors").values())
-    share = everywhere[0][1] / (all_bytes / engine_tp)
-    assert (share == engine_tp) if whole else (share < 1.02)  # norms are on every rank
-    row = f"tp{parallel.tp} pp{parallel.pp} -> engine tp{engine_tp}, {'whole tensors' if whole else 'own shards'}"
-    table.add("bytes that an engine rank received / (bytes of the model / engine tp)", row, f"{share:.3f}")
-    for rollout in everywhere[0][0]:
-        assert rollout.policy_version == VERSION
-        assert max(rollout.response_ids) < 90
-        assert (rollout.finish_reason == "stop") == (rollout.response_ids[-1] in (1, 2))
-        assert len(rollout.response_ids) == 12 or rollout.finish_reason == "stop"
-        expected = log_probs(model, rollout, sampling)
-        assert torch.allclose(torch.tensor(rollout.log_probs, dtype=torch.float64), expected, atol=1e-4)
+    return [endpoint_of(server) for server in servers]
 
 
 def greedy(prompt: Sequence[int], new_tokens: int) -> Ask[Generated]:
@@ -130,8 +39,8 @@ def greedy(prompt: Sequence[int], new_tokens: int) -> Ask[Generated]:
 def test_greedy_tokens_are_those_of_transformers(pool: WorkerPool, model: Path, servers: list[Server]) -> None:
     endpoints = endpoints_of(servers)
     for endpoint, server in zip(endpoints, servers, strict=True):
-        sampling = SamplingParams(1.0, 1.0, 2, (1,), 101)
-        pool.run(2, push_and_generate, str(model), ParallelConfig(tp=2), [endpoint], server.spec.tp, sampling)
+        push = Push(str(model), (endpoint,), server.spec.tp, ParallelConfig(tp=2))
+        pool.run(2, push_and_generate, push, SamplingParams(1.0, 1.0, 2, (1,), 101))
     reference: Any = AutoModelForCausalLM.from_pretrained(model)
     responses, lost = dispatch([greedy(prompt, 10) for prompt in PROMPTS], endpoints, in_flight=2, timeout=60.0)
     assert not lost
@@ -178,37 +87,6 @@ def test_request_that_the_server_refuses_is_an_error_with_its_name(servers: list
         Client(Endpoint(endpoint.url, "wrong key"), 10.0).get("/model_info")
 
 
-def push_to_a_stopped_server(folder: str, endpoint: Endpoint, pid: int) -> tuple[str, float]:
-    layout, platform = open_layout(ParallelConfig(tp=2))
-    trainer = build_trainer(folder, Case(parallel=ParallelConfig(tp=2)), layout, platform)
-    transport = OwnShards(trainer.spec.dims, 1, 15.0)
-    roster = Roster("student", [endpoint])
-    sync = CollectiveSync(
-        trainer, FirstRank(), roster, transport, host="127.0.0.1", backend="gloo", bucket_bytes=300_000, timeout=15.0
-    )
-    if layout.tp_rank == 0:
-        os.killpg(pid, signal.SIGSTOP)
-    start = time.monotonic()
-    try:
-        sync.push(1)
-    except OpdError as error:
-        return str(error), time.monotonic() - start
-    return "pushed", 0.0
-
-
-def test_hung_server_is_named_and_nothing_hangs(pool: WorkerPool, model: Path, tmp_path: Path) -> None:
-    server = Server(spec(model, tmp_path / "server.log"))
-    try:
-        server.wait_until_ready(240.0)
-        (endpoint,) = endpoints_of([server])
-        for message, seconds in pool.run(2, push_to_a_stopped_server, str(model), endpoint, server.pid):
-            assert endpoint.url in message and "no answer in 15 s" in message
-            assert seconds < 60
-    finally:
-        server.stop()
-    assert not server.alive
-
-
 def test_server_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
     server = Server(spec(model, tmp_path / "server.log", quantization="no_such_thing"))
     with pytest.raises(OpdError, match=r"ended while it started .*no_such_thing.* see .*server\.log"):
@@ -228,8 +106,24 @@ def test_engine_that_computes_otherwise_stops_the_run(tmp_path: Path) -> None:
     config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "sglang": native}
     result = runs.run(tmp_path, {**config, "eval": None})
     assert result.returncode == 1
-    assert "step 1: the engine's log-probabilities differ from the trainer's by" in result.stderr
+    assert "it has other weights or computes otherwise" in result.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_colocated_servers_sleep_while_the_student_trains(tmp_path: Path) -> None:
+    config = runs.make_inputs(tmp_path)
+    config["run"]["steps"] = 3
+    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "placement": "colocated", "tp": 2}
+    config["student"]["offload"] = True
+    result = runs.run(tmp_path, config)
+    assert result.returncode == 0, result.stderr
+    for record in runs.metrics(tmp_path / "run")[1:]:
+        assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats
+        assert record["weight_sync/probe_gap"] < 1e-4
+    for name in ("0-student", "1-teacher"):
+        log = (tmp_path / "run" / "sglang" / f"{name}.log").read_text()
+        assert log.count("POST /release_memory_occupation") == 3
+        assert log.count("POST /resume_memory_occupation") >= 2
 
 
 @pytest.mark.parametrize("student", ["dense", "experts"])

@@ -1,0 +1,110 @@
+"""A model's weights on their way out: full Hugging Face tensors, gathered from the shards by the mapping table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, Dimensions, Entry, entries, named_parameters
+from megatron_opd.mcore.parallel import ParallelLayout
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A full Hugging Face tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Export:
+    """A model's weights as full, unpadded Hugging Face tensors, one at a time."""
+
+    def __init__(self, chunks: Sequence[GPTModel], architecture: str, dims: Dimensions, layout: ParallelLayout) -> None:
+        self._dims, self._layout = dims, layout
+        self._experts_here = dims.experts // layout.ep_size
+        self._parameters = named_parameters(chunks, layout.ep_rank * self._experts_here)
+        self._entries = list(entries(architecture, dims))
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """What :meth:`stage` gives, without the weights."""
+        for entry in self._entries:
+            parameter = self._parameters.get(self._own_name(entry))
+            if parameter is not None:
+                shards = 1 if entry.expert is not None else self._layout.tp_size
+                like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                for name, part in zip(entry.hf, self._split(entry, [like] * shards), strict=True):
+                    yield TensorInfo(name, part.dtype, tuple(part.shape))
+
+    def names(self) -> list[str]:
+        """Of all stages' tensors, in the order of :meth:`whole`."""
+        return [name for entry in self._entries for name in entry.hf]
+
+    @torch.no_grad()
+    def stage(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of this rank's pipeline stage, on every rank of it.
+
+        Collective over the tensor-parallel group (gather), for experts over the expert-parallel group (broadcast from the
+        owner): all ranks of the stage must consume the whole stream.
+        """
+        for entry in self._entries:
+            if self._own_name(entry) in self._parameters:
+                yield from zip(entry.hf, self._split(entry, self._gather(entry)), strict=True)
+
+    @torch.no_grad()
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, on every rank of this data-parallel replica.
+
+        Collective as :meth:`stage` is, and over the pipeline-parallel group (broadcast from the owning stage).
+        """
+        layout = self._layout
+        owned: list[dict[str, torch.Size]] = [{} for _ in range(layout.pp_size)]
+        dist.all_gather_object(owned, {name: each.shape for name, each in self._parameters.items()}, group=layout.pp)
+        dtype, device = next((each.dtype, each.device) for each in self._parameters.values())
+        for entry in self._entries:
+            owner = next(stage for stage, shapes in enumerate(owned) if self._own_name(entry) in shapes)
+            if layout.pp_rank == owner:
+                shards = self._gather(entry)
+            else:
+                count = 1 if entry.expert is not None else layout.tp_size
+                shape = owned[owner][self._own_name(entry)]
+                shards = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
+            full = entry.sharding.unshard(shards)
+            if layout.pp_size > 1:
+                full = full.contiguous()
+                dist.broadcast(full, dist.get_global_rank(layout.pp, owner), group=layout.pp)
+            yield from zip(entry.hf, entry.sharding.split(full, self._dims), strict=True)
+
+    def _split(self, entry: Entry, shards: list[Tensor]) -> list[Tensor]:
+        return entry.sharding.split(entry.sharding.unshard(shards), self._dims)
+
+    def _own_name(self, entry: Entry) -> str:
+        """A rank of a stage has as many experts as any other, so one of its own tells stage and shape."""
+        if entry.expert is None:
+            return entry.megatron
+        place = entry.expert % self._experts_here
+        return LOCAL_EXPERT.sub(f"local_experts.{self._layout.ep_rank * self._experts_here + place}.", entry.megatron)
+
+    def _gather(self, entry: Entry) -> list[Tensor]:
+        """The shards of all tensor-parallel ranks; of an expert, which is whole on one rank, its owner's."""
+        parameter = self._parameters[self._own_name(entry)].detach()
+        if entry.expert is not None:
+            full = parameter.clone()
+            owner = dist.get_global_rank(self._layout.ep, entry.expert // self._experts_here)
+            dist.broadcast(full, owner, group=self._layout.ep)
+            return [full]
+        local = parameter.contiguous()
+        shards = [torch.empty_like(local) for _ in range(self._layout.tp_size)]
+        dist.all_gather(shards, local, group=self._layout.tp)
+        return shards

@@ -1,0 +1,70 @@
+"""Device memory that engines and training take by turns: who has given up what. On the first rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from megatron_opd.sglang.client import Client, Endpoint, EngineError
+
+Kind = Literal["weights", "kv_cache", "cuda_graph"]
+_ALL: tuple[Kind, ...] = ("weights", "kv_cache", "cuda_graph")
+_IDLE_SECONDS, _POLL_SECONDS = 30.0, 0.1
+
+
+class Residence:
+    """Of the engines beside the training. One that is not known here, a new one, has all of its memory."""
+
+    def __init__(self, timeout: float) -> None:
+        """``timeout``: seconds for one call."""
+        self._timeout = timeout
+        self._released: dict[Endpoint, set[Kind]] = {}
+
+    def release(self, endpoints: Iterable[Endpoint]) -> None:
+        """They give up all of it; weights that are not pushed again are lost, but with ``enable_weights_cpu_backup``.
+
+        Raises EngineError, with its name, where one still has requests after half a minute.
+        """
+        self._each([endpoint for endpoint in endpoints if endpoint not in self._released], self._release)
+
+    def resume(self, endpoints: Iterable[Endpoint], kinds: Iterable[Kind] = _ALL) -> None:
+        """They have memory of these kinds again; weights come back without content. Raises EngineError."""
+        wanted = set(kinds)
+        asleep = [endpoint for endpoint in endpoints if self._released.get(endpoint, set()) & wanted]
+        self._each(asleep, lambda client: self._resume(client, wanted))
+
+    def _each(self, endpoints: list[Endpoint], action: Callable[[Client], None]) -> None:
+        if not endpoints:
+            return
+        clients = [Client(endpoint, self._timeout) for endpoint in endpoints]
+        with ThreadPoolExecutor(max_workers=len(clients)) as threads:
+            list(threads.map(action, clients))
+        for client in clients:
+            client.close()
+
+    def _release(self, client: Client) -> None:
+        _wait_until_idle(client)
+        client.post("/release_memory_occupation", tags=list(_ALL))
+        self._released[client.endpoint] = set(_ALL)
+
+    def _resume(self, client: Client, wanted: set[Kind]) -> None:
+        kinds = self._released[client.endpoint] & wanted
+        client.post("/resume_memory_occupation", tags=[kind for kind in _ALL if kind in kinds])
+        self._released[client.endpoint] -= kinds
+        if not self._released[client.endpoint]:
+            del self._released[client.endpoint]
+
+
+def _wait_until_idle(client: Client) -> None:
+    """SGLang ends where it is asked for memory while it works; it refuses to empty its cache as long as it does."""
+    deadline = time.monotonic() + _IDLE_SECONDS
+    while True:
+        try:
+            client.post("/flush_cache")
+            return
+        except EngineError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)

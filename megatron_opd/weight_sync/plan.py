@@ -1,0 +1,138 @@
+"""Who gets which bytes in which order: the same plan in the trainer and, as JSON, in the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from megatron_opd.mcore.hf_export import TensorInfo
+from megatron_opd.mcore.hf_mapping import Dimensions
+from megatron_opd.sglang.client import EngineError
+from megatron_opd.weight_sync.delivery import Delivery, WeightsDiffer
+from megatron_opd.weight_sync.members import Members, Reports
+from megatron_opd.weight_sync.pieces import Piece, piece_of, unsent
+
+Digests = list[list[list[int]]]  # [engine rank][piece]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one engine rank gets of one bucket: the pieces one behind the other, as bytes."""
+
+    names: tuple[str, ...]  # of the bucket's tensors
+    pieces: tuple[Piece, ...]  # those of which this rank keeps something
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Piece, int]]:
+        """Each tensor's piece and first byte."""
+        places, start = {}, 0
+        for piece in self.pieces:
+            places[piece.tensor.name] = (piece, start)
+            start += piece.nbytes
+        return places
+
+    def write(self, name: str, full: Tensor, flat: Tensor) -> Tensor | None:
+        """This rank's piece of the tensor ``name`` into ``flat`` [nbytes] uint8; None where it keeps nothing of it."""
+        if name not in self._places:
+            return None
+        piece, start = self._places[name]
+        own = flat[start : start + piece.nbytes].view(piece.tensor.dtype).view(piece.shape)
+        return own.copy_(piece.cut(full))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For all engines alike."""
+
+    parcels: list[list[list[Parcel]]]  # [sender][bucket][engine rank]
+    zeros: list[list[str]]  # [engine rank]: parameters that are padding in part
+    kept: float  # bytes of an engine rank's parameters, on average
+
+    def pieces(self, rank: int) -> Iterable[Piece]:
+        """Of an engine rank, in the order in which it reports them."""
+        return (piece for sender in self.parcels for bucket in sender for piece in bucket[rank].pieces)
+
+    def command(self, rank: int) -> dict[str, Any]:
+        """An engine rank's part, as its loader reads it."""
+        return {
+            "zeros": self.zeros[rank],
+            "buckets": [
+                [{"bytes": parcel.nbytes, "pieces": [_as_json(piece) for piece in parcel.pieces]} for parcel in parcels]
+                for parcels in ([bucket[rank] for bucket in sender] for sender in self.parcels)
+            ],
+        }
+
+
+def make_plan(streams: Sequence[Sequence[TensorInfo]], members: Members, dims: Dimensions, bucket_bytes: int) -> Plan:
+    """Ask the engines what they have, and cut each sender's stream for it.
+
+    Raises EngineError where an engine does not answer, or has other parameters than the first one.
+    """
+    first, *others = [[report["parameters"] for report in engine] for engine in members.meet()]
+    for endpoint, other in zip(members.endpoints[1:], others, strict=True):
+        if other != first:
+            raise EngineError(
+                f"SGLang server {endpoint.url}: has other parameters than {members.endpoints[0].url}; start them alike"
+            )
+    shapes = [{name: shape for name, (shape, _) in each.items()} for each in first]
+
+    def parcel(bucket: Sequence[TensorInfo], rank: int) -> Parcel:
+        pieces = (piece_of(tensor, shapes[rank], rank, members.tp, dims) for tensor in bucket)
+        return Parcel(tuple(tensor.name for tensor in bucket), tuple(piece for piece in pieces if piece.nbytes))
+
+    ranks = range(members.tp)
+    parcels = [[[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes)] for stream in streams]
+    plan = Plan(parcels, [], sum(size for each in first for _, size in each.values()) / len(first))
+    return Plan(parcels, [list(unsent(plan.pieces(rank), shapes[rank])) for rank in ranks], plan.kept)
+
+
+def buckets(tensors: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    """Consecutive tensors of at most ``limit`` bytes together, or one that is larger."""
+    found: list[list[TensorInfo]] = []
+    size = 0
+    for tensor in tensors:
+        if not found or size + tensor.nbytes > limit:
+            found.append([])
+            size = 0
+        found[-1].append(tensor)
+        size += tensor.nbytes
+    return found
+
+
+def conclude(plan: Plan, members: Members | None, reports: Reports, sent: Sequence[Digests]) -> Delivery:
+    """What the engines' reports on a whole delivery say; on the first rank.
+
+    Raises WeightsDiffer with the first engine, rank and tensor whose digest is not that of what was sent.
+
+    Args:
+        sent: of each sender; none where digests were not asked for.
+    """
+    assert members is not None
+    for endpoint, ranks in zip(members.endpoints, reports, strict=True):
+        for rank, report in enumerate(ranks):
+            expected = [digest for sender in sent for digest in sender[rank]]
+            for piece, own, found in zip(plan.pieces(rank), expected, report["digests"] or [], strict=bool(sent)):
+                if found is not None and found != own:
+                    raise WeightsDiffer(
+                        f"SGLang server {endpoint.url}, rank {rank}: {piece.tensor.name} is not what the trainer sent"
+                    )
+    ranks = [report for engine in reports for report in engine]
+    return Delivery(sum(report["bytes"] for report in ranks) / len(ranks), plan.kept)
+
+
+def _as_json(piece: Piece) -> dict[str, Any]:
+    return {
+        "name": piece.tensor.name,
+        "dtype": str(piece.tensor.dtype).removeprefix("torch."),
+        "shape": list(piece.shape),
+        "target": piece.target,
+        "place": piece.place,
+    }
