@@ -97,13 +97,17 @@ def _on_all_ranks(succeeds: Callable[[Config, Platform], bool], config: Config, 
 
 
 def _check(config: Config, _arguments: list[str]) -> int:
+    from megatron_opd.engines import how_to_start
     from megatron_opd.launch import joined_world, local_world_size
     from megatron_opd.mcore.platform import Platform
     from megatron_opd.preflight import describe, prepare
 
     platform = Platform.detect()
     world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())
-    print(describe(config, prepare(config, platform, world_size), platform, world_size))
+    inputs = prepare(config, platform, world_size)
+    print(describe(config, inputs, platform, world_size))
+    if config.rollout.urls:
+        print(how_to_start(config, inputs.student, platform))
     return 0
 
 

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_opd.types import Aggregation, Objective, OffPolicyTerm, OpdError, OpdKind, SamplingParams
 
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -103,7 +105,9 @@ class RolloutConfig(_Section):
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     # auto: ipc where colocated, else collective. disk: a folder in run.dir that the servers see too, where nothing else works.
     weight_sync: Literal["auto", "collective", "ipc", "disk"] = "auto"
-    engines: int = Field(default=1, ge=1)  # SGLang servers
+    engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts
+    urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
+    api_key_file: str | None = None  # of the servers at urls: a text file
     tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each
     python: str | None = None  # the interpreter of SGLang's environment; null: this one
     host: str = "127.0.0.1"  # the interface that trainer and servers use; the cluster's for servers on other machines
@@ -227,6 +231,20 @@ class Config(_Section):
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By name; a single one has the name ""."""
         return {"": self.teacher} if self.teacher is not None else self.teachers
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student writes."""
+        return self.mixture.student > 0 or self.eval is not None
+
+    @property
+    def teacher_writes(self) -> bool:
+        return self.mixture.teacher > 0 or (self.eval is not None and self.eval.teacher)
+
+    @property
+    def starts_servers(self) -> bool:
+        """Of SGLang."""
+        return self.rollout.backend == "sglang" and (self.teacher_writes or (self.samples and not self.rollout.urls))
 
     @property
     def megatron_checkpoints(self) -> dict[str, str]:
@@ -418,6 +436,7 @@ def _check_combinations(config: Config) -> None:
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
+    _check_attached(config)
     if config.rollout.sglang and config.rollout.backend != "sglang":
         raise OpdError("rollout.sglang: set, but rollout.backend is embedded; set rollout.backend=sglang or remove it")
     _check_placement(config.rollout)
@@ -453,6 +472,42 @@ def _check_combinations(config: Config) -> None:
         raise OpdError(
             "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"
         )
+
+
+def _check_attached(config: Config) -> None:
+    """Servers that somebody else started leave some keys without a meaning."""
+    rollout = config.rollout
+    if not rollout.urls:
+        if rollout.api_key_file is not None:
+            raise OpdError(
+                f"rollout.api_key_file: {rollout.api_key_file}, but rollout.urls is empty; remove one or add the other"
+            )
+        return
+    listed = ", ".join(rollout.urls)
+    if rollout.backend != "sglang":
+        raise OpdError(f"rollout.urls: {listed}, but rollout.backend is embedded; set rollout.backend=sglang or remove them")
+    if rollout.placement == "colocated":
+        raise OpdError(
+            f"rollout.placement: colocated, but the servers at {listed} were started elsewhere; set placement=disaggregated"
+        )
+    for url in rollout.urls:
+        if not re.fullmatch(r"https?://[^/\s]+/?", url):
+            raise OpdError(f"rollout.urls: {url!r} is no URL of a server; give one such as http://10.0.0.7:30000")
+    if len({url.rstrip("/") for url in rollout.urls}) < len(rollout.urls):
+        raise OpdError(f"rollout.urls: {listed} names a server twice; name each once")
+    for key in ("engines",) if config.teacher_writes else ("engines", "python", "sglang"):
+        if key in rollout.model_fields_set:
+            raise OpdError(
+                f"rollout.{key}: set, but the servers at rollout.urls run already; remove rollout.{key}, or rollout.urls for "
+                "servers that the run starts"
+            )
+    if rollout.host in _LOOPBACK:
+        for url in rollout.urls:
+            if url.rpartition("://")[2].rpartition(":")[0] not in _LOOPBACK:
+                raise OpdError(
+                    f"rollout.host: {rollout.host}, but the server {url} on another machine receives its weights from there; "
+                    "set rollout.host to this machine's address in the cluster"
+                )
 
 
 def _check_layout(section: str, parallel: ParallelConfig) -> None:

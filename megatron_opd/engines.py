@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
@@ -17,10 +18,13 @@ from megatron_opd.preflight import Inputs, dtype_of
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.sglang.fleet import Fleet
+from megatron_opd.sglang.attached import Attached, Expected
+from megatron_opd.sglang.client import Endpoint, read_key
+from megatron_opd.sglang.fleet import Fleet, Place
+from megatron_opd.sglang.launched import launch
 from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
-from megatron_opd.sglang.server import ServerSpec
+from megatron_opd.sglang.server import ServerSpec, start_by_hand
 from megatron_opd.types import RolloutEngine, WeightSync
 from megatron_opd.weight_sync.collective import Collective
 from megatron_opd.weight_sync.delivery import Carrier
@@ -31,6 +35,7 @@ from megatron_opd.weight_sync.probe import Probe
 from megatron_opd.weight_sync.sync import EngineSync
 
 _STUDENT = "student"
+_HTTP_PORT = 80
 
 
 @dataclass(frozen=True)
@@ -42,49 +47,82 @@ class Engines:
 
 def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet | None:
     """They start while the models are built. The student's come up with random weights: one that is never pushed shows."""
-    if config.rollout.backend != "sglang":
+    rollout = config.rollout
+    if rollout.backend != "sglang" or not (config.samples or config.teacher_writes):
         return None
-    specs, native = [], config.rollout.sglang
+    native = rollout.sglang
+    shares_gpus = rollout.placement == "colocated" and platform.device.type == "cuda"
+    if shares_gpus:
+        native = {"enable_memory_saver": True, "enable_weights_cpu_backup": True, **native}  # nobody pushes a teacher's again
+    specs = []
+    if config.samples and not rollout.urls:
+        specs += [student_server(config, inputs.student, platform)] * rollout.engines
+    teachers = {_server_name(name): folder for name, folder in inputs.teachers.items()} if config.teacher_writes else {}
+    specs += [_spec(config, platform, name, folder, native) for name, folder in teachers.items()]
+
+    def open_places() -> list[Place]:
+        attached = _attach(config, inputs) if config.samples else []
+        launched = launch(
+            specs,
+            max_restarts=rollout.max_restarts,
+            startup_timeout=rollout.startup_timeout,
+            gpus=dist.get_world_size() if shares_gpus else None,
+        )
+        return [*attached, *launched]
+
+    models = (*([_STUDENT] if config.samples else []), *teachers)
+    fleet = Fleet(open_places, models, frozen=teachers, patience=rollout.startup_timeout)
+    if rollout.urls:
+        fleet.wait_until_ready()  # a server that does not fit is refused before any model is built
+    return fleet
+
+
+def student_server(config: Config, folder: HFFolder, platform: Platform) -> ServerSpec:
+    """Of the student, with random weights until the first are sent."""
     shares_gpus = config.rollout.placement == "colocated" and platform.device.type == "cuda"
-    if shares_gpus:
-        native = {"enable_memory_saver": True, **native}
-    if _samples(config):
-        spec = _spec(config, platform, _STUDENT, inputs.student, {"load_format": "dummy", **native})
-        specs += [spec] * config.rollout.engines
-    if shares_gpus:
-        native = {"enable_weights_cpu_backup": True, **native}  # nobody pushes these again
-    if _teacher_writes(config):
-        specs += [_spec(config, platform, _server_name(name), folder, native) for name, folder in inputs.teachers.items()]
-    if not specs:
-        return None
-    frozen = frozenset(spec.name for spec in specs) - {_STUDENT}
-    return Fleet(
-        specs,
-        frozen,
-        max_restarts=config.rollout.max_restarts,
-        startup_timeout=config.rollout.startup_timeout,
-        gpus=dist.get_world_size() if shares_gpus else None,
+    native = {"enable_memory_saver": True} if shares_gpus else {}
+    return _spec(config, platform, _STUDENT, folder, {"load_format": "dummy", **native, **config.rollout.sglang})
+
+
+def how_to_start(config: Config, folder: HFFolder, platform: Platform) -> str:
+    """For each of ``rollout.urls`` a line: the command that starts such a server."""
+    rollout = config.rollout
+    lines = []
+    for number, url in enumerate(rollout.urls):
+        address = urlsplit(url)
+        spec = replace(
+            student_server(config, folder, platform),
+            python="python",
+            host=address.hostname or rollout.host,
+            seed=config.run.seed + number,
+        )
+        lines.append(f"to start {url}:  {start_by_hand(spec, address.port or _HTTP_PORT, rollout.api_key_file)}")
+    return "\n".join(lines)
+
+
+def _attach(config: Config, inputs: Inputs) -> list[Attached]:
+    rollout = config.rollout
+    key = None if rollout.api_key_file is None else read_key("rollout.api_key_file", rollout.api_key_file)
+    expected = Expected(
+        _STUDENT,
+        inputs.student,
+        rollout.tp,
+        config.student.dtype,
+        tokens=max(len(prompt.token_ids) for prompt in inputs.prompts) + rollout.sampling.max_new_tokens,
     )
+    return [Attached(Endpoint(url.rstrip("/"), key), expected, rollout.startup_timeout) for url in rollout.urls]
 
 
 def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Engines:
     """Collective over the world. Raises OpdError where a server does not come up."""
     if servers is not None:
         return _reach_servers(config, inputs, platform, trainer, servers)
-    student = _embed(config, inputs, platform, inputs.student.path, load=False) if _samples(config) else None
+    student = _embed(config, inputs, platform, inputs.student.path, load=False) if config.samples else None
     teacher = None
-    if inputs.teachers and _teacher_writes(config):
+    if inputs.teachers and config.teacher_writes:
         own = {name: _embed(config, inputs, platform, folder.path, load=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
     return Engines(student, teacher, MemorySync(trainer, student) if student else None)
-
-
-def _samples(config: Config) -> bool:
-    return config.mixture.student > 0 or config.eval is not None
-
-
-def _teacher_writes(config: Config) -> bool:
-    return config.mixture.teacher > 0 or (config.eval is not None and config.eval.teacher)
 
 
 def _embed(config: Config, inputs: Inputs, platform: Platform, folder: Path, *, load: bool) -> EmbeddedEngine:
@@ -141,10 +179,10 @@ def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: 
         for name in servers.models
     }
     student, teacher, weight_sync = None, None, None
-    if _samples(config):
+    if config.samples:
         student = engine(_STUDENT, inputs.student, frozen=False)
         weight_sync = _sync(config, inputs, platform, trainer, servers, student.roster, residences[_STUDENT])
-    if inputs.teachers and _teacher_writes(config):
+    if inputs.teachers and config.teacher_writes:
         own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
     return Engines(student, teacher, weight_sync)

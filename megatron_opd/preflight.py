@@ -22,6 +22,7 @@ from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.sglang.client import read_key
 from megatron_opd.sglang.server import check_arguments
 from megatron_opd.types import OpdError, Prompt, Tokenizer
 
@@ -101,7 +102,9 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     for section, folder in models.frozen.items():
         _check_weights(folder, models.frozen_specs[section], section, found)
 
-    if config.rollout.backend == "sglang":
+    if config.rollout.api_key_file is not None:
+        read_key("rollout.api_key_file", config.rollout.api_key_file)
+    if config.starts_servers:
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
         if config.rollout.placement == "colocated":
             _check_colocated(config, world_size)
@@ -163,6 +166,7 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         or "none",
         "reference": f"{inputs.reference.path}{own_layout('reference')}" if inputs.reference else "none",
         "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
+        "engine": _engine(config),
         "end tokens": f"{list(inputs.stop_class)}, "
         + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
         "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
@@ -173,6 +177,16 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
     }
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+
+
+def _engine(config: Config) -> str:
+    rollout = config.rollout
+    if not config.samples:
+        return "none"
+    if rollout.backend == "embedded":
+        return "embedded, one on each rank"
+    servers = f"those at {', '.join(rollout.urls)}" if rollout.urls else f"{rollout.engines}, started by the run"
+    return f"SGLang servers: {servers}; tp={rollout.tp}"
 
 
 def axes(parallel: ParallelConfig, world_size: int) -> str:

@@ -131,6 +131,12 @@ def load_from(section: str) -> Change:
     return lambda folder, config: config[section].update(load=str(folder / "student"))
 
 
+def attached(*urls: str) -> Change:
+    """To servers for the student alone."""
+    teacher = both(put("mixture.teacher", 0), put("eval.teacher", False))
+    return both(teacher, put("rollout.backend", "sglang"), put("rollout.urls", list(urls)))
+
+
 CASES: dict[str, tuple[Change, list[str]]] = {
     "misspelt key": (put("loss.refrence_kl", 0.1), ["loss.refrence_kl", "unknown key", "reference_kl"]),
     "unknown section": (put("rolout", {}), ["rolout", "unknown key", "rollout"]),
@@ -236,6 +242,36 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         put("rollout.backend", "sglang"),
         ["rollout.python", "no package sglang", "install sglang==0.5.21"],
     ),
+    "attached to no SGLang": (put("rollout.urls", ["http://127.0.0.1:1"]), ["rollout.urls", "rollout.backend=sglang"]),
+    "attached to no URL": (attached("10.0.0.7:30000"), ["rollout.urls", "'10.0.0.7:30000'", "http://10.0.0.7:30000"]),
+    "attached to a path": (attached("http://10.0.0.7:30000/v1"), ["rollout.urls", "/v1", "http://10.0.0.7:30000"]),
+    "attached twice": (attached("http://127.0.0.1:1", "http://127.0.0.1:1/"), ["rollout.urls", "twice"]),
+    "attached and started": (
+        both(attached("http://127.0.0.1:1"), put("rollout.engines", 2)),
+        ["rollout.engines", "rollout.urls", "remove"],
+    ),
+    "attached with an interpreter": (
+        both(attached("http://127.0.0.1:1"), put("rollout.python", "python")),
+        ["rollout.python", "rollout.urls", "remove"],
+    ),
+    "attached with arguments": (
+        both(attached("http://127.0.0.1:1"), put("rollout.sglang", {"page_size": 1})),
+        ["rollout.sglang", "rollout.urls", "remove"],
+    ),
+    "attached on the training's devices": (
+        both(attached("http://127.0.0.1:1"), put("rollout.placement", "colocated")),
+        ["rollout.placement", "colocated", "placement=disaggregated"],
+    ),
+    "attached elsewhere": (
+        attached("http://10.0.0.7:30000"),
+        ["rollout.host", "127.0.0.1", "http://10.0.0.7:30000", "address"],
+    ),
+    "key without servers": (put("rollout.api_key_file", "key"), ["rollout.api_key_file", "key", "rollout.urls"]),
+    "key file is missing": (
+        both(attached("http://127.0.0.1:1"), put("rollout.api_key_file", "/nowhere/key")),
+        ["rollout.api_key_file", "/nowhere/key", "text file"],
+    ),
+    "restarts below 0": (put("rollout.max_restarts", -1), ["rollout.max_restarts", "-1"]),
     "damaged checkpoint": (damaged_checkpoint, ["checkpoint.resume", "iter_0000002, common.pt is missing", "delete them"]),
     "load without a checkpoint": (load_from("student"), ["student.load", "not a torch_dist checkpoint", "iter_"]),
     "random and loaded": (both(put("student.init", "random"), load_from("student")), ["student.load", "student.init=random"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import httpx
@@ -13,6 +14,17 @@ from megatron_opd.types import OpdError, SamplingParams
 
 class EngineError(OpdError):
     """A server did not do what it was asked."""
+
+
+def read_key(section: str, path: str) -> str:
+    """The API key in a text file, named by ``section`` of the config. Raises OpdError."""
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpdError(f"{section}: {path} cannot be read ({type(error).__name__}); give a text file with the key") from error
+    if not key:
+        raise OpdError(f"{section}: {path} is empty; write the servers' key into it, or remove {section}")
+    return key
 
 
 @dataclass(frozen=True)

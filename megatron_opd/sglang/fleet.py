@@ -1,18 +1,15 @@
-"""The servers of a run, on the first rank: made ready side by side, watched, brought back when lost, stopped together."""
+"""The servers of a run, on the first rank: waited for, watched, brought back when they are lost, left together."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.first_rank import FirstRank
-from megatron_opd.sglang.launched import Launched
 from megatron_opd.sglang.roster import Roster
-from megatron_opd.sglang.server import ServerSpec
 from megatron_opd.types import OpdError
 
 _POLL_SECONDS = 0.5
@@ -29,11 +26,9 @@ class Place(Protocol):
 
     def wait_until_ready(self) -> None:
         """Raises OpdError."""
-        ...
 
     def poll(self, roster: Roster) -> None:
         """Tell the roster of losses and returns; called again and again by one thread."""
-        ...
 
     def stop(self) -> None: ...
 
@@ -43,48 +38,36 @@ class Fleet:
 
     def __init__(
         self,
-        specs: Sequence[ServerSpec],
-        frozen: Collection[str],
+        open_places: Callable[[], Sequence[Place]],
+        models: Sequence[str],
         *,
-        max_restarts: int,
-        startup_timeout: float,
-        gpus: int | None = None,
+        frozen: Collection[str],
+        patience: float,
     ) -> None:
-        """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places. Raises OpdError.
+        """Raises OpdError.
 
         Args:
-            frozen: names of those whose weights never change.
-            max_restarts: of each server.
-            startup_timeout: seconds, of each start.
-            gpus: those of the training, where the servers share them, each model's over all; None: each server has its own.
+            open_places: called on the first rank.
+            models: whose weights the servers have.
+            frozen: those of the models whose weights never change.
+            patience: seconds that a lost server may take to come back where something waits for it.
         """
         self.first_rank = FirstRank()
-        self._gpus = gpus
-        self.models = tuple(dict.fromkeys(spec.name for spec in specs))
-        self._frozen, self._max_restarts, self._startup_timeout = frozen, max_restarts, startup_timeout
+        self.models = tuple(models)
+        self._frozen, self._patience = frozen, patience
         self._places: list[Place] = []
         self._rosters: dict[str, Roster] = {}
         self._stopping = threading.Event()
         self._watch = threading.Thread(target=self._keep, name="sglang-fleet", daemon=True)
-        self.first_rank.run(lambda: self._start(specs))
-
-    def _start(self, specs: Sequence[ServerSpec]) -> None:
-        taken = 0  # GPUs
-        for number, spec in enumerate(specs):
-            arguments = dict(spec.arguments)
-            if spec.device == "cuda":
-                place = taken if self._gpus is None else taken % self._gpus
-                arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + place
-            taken += spec.tp
-            log = spec.log.with_name(f"{number}-{spec.log.name}")
-            own = replace(spec, log=log, seed=spec.seed + number, arguments=arguments)
-            self._places.append(Launched(own, max_restarts=self._max_restarts, startup_timeout=self._startup_timeout))
+        self.first_rank.run(lambda: self._places.extend(open_places()))
 
     def wait_until_ready(self) -> None:
-        """From then on they are watched. Raises OpdError, and stops all, where one is not ready in time."""
+        """From then on they are watched. Raises OpdError, and stops all, where one is not ready in time, or not fit."""
         self.first_rank.run(self._wait)
 
     def _wait(self) -> None:
+        if self._rosters:  # they are ready
+            return
         try:
             for place in self._places:
                 place.wait_until_ready()
@@ -93,7 +76,7 @@ class Fleet:
             raise
         for name in dict.fromkeys(place.model for place in self._places):
             endpoints = [place.endpoint for place in self._places if place.model == name]
-            self._rosters[name] = Roster(name, endpoints, frozen=name in self._frozen, patience=self._startup_timeout)
+            self._rosters[name] = Roster(name, endpoints, frozen=name in self._frozen, patience=self._patience)
         self._watch.start()
 
     def roster(self, name: str) -> Roster:
@@ -118,7 +101,7 @@ class Fleet:
                     print(f"megatron-opd: SGLang server {place.endpoint.url}: {type(error).__name__}: {error}", file=sys.stderr)
 
     def stop(self) -> None:
-        """The servers that were started end; elsewhere than on the first rank there are none."""
+        """The servers that the run started end; elsewhere than on the first rank there are none."""
         for roster in self._rosters.values():
             roster.close()
         self._stopping.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_opd.sglang.client import Endpoint
@@ -12,11 +13,34 @@ from megatron_opd.sglang.server import Server, ServerSpec
 from megatron_opd.types import OpdError
 
 
+def launch(
+    specs: Sequence[ServerSpec], *, max_restarts: int, startup_timeout: float, gpus: int | None = None
+) -> list[Launched]:
+    """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places.
+
+    Args:
+        max_restarts: of each server.
+        startup_timeout: seconds, of each start.
+        gpus: those of the training, where the servers share them, each model's over all; None: each server has its own.
+    """
+    launched: list[Launched] = []
+    taken = 0  # GPUs
+    for number, spec in enumerate(specs):
+        arguments = dict(spec.arguments)
+        if spec.device == "cuda":
+            arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + (taken if gpus is None else taken % gpus)
+        taken += spec.tp
+        log = spec.log.with_name(f"{number}-{spec.log.name}")
+        own = replace(spec, log=log, seed=spec.seed + number, arguments=arguments)
+        launched.append(Launched(own, max_restarts=max_restarts, startup_timeout=startup_timeout))
+    return launched
+
+
 class Launched:
     """One place in a :class:`~megatron_opd.sglang.fleet.Fleet`, with a new process and a new URL after each loss."""
 
     def __init__(self, spec: ServerSpec, *, max_restarts: int, startup_timeout: float) -> None:
-        """Start it; ``startup_timeout``: seconds. Raises OpdError."""
+        """Start it; ``startup_timeout``: seconds."""
         self._spec, self._max_restarts, self._startup_timeout = spec, max_restarts, startup_timeout
         self._restarts = 0
         self._server = Server(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -66,39 +67,14 @@ class Server:
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         with spec.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(),
+                _command(spec, self.port, self.api_key),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(spec),
+                env={**_inherited(), **_environment(spec)},
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
-
-    def _command(self) -> list[str]:
-        spec = self.spec
-        given = {
-            "model_path": str(spec.model),
-            "tp_size": spec.tp,
-            "host": spec.host,
-            "port": self.port,
-            "api_key": self.api_key,
-            "dtype": spec.dtype,
-            "device": spec.device,
-            "random_seed": spec.seed,
-            "skip_server_warmup": True,
-            "custom_weight_loader": [LOADER],
-            **(_CPU_ARGUMENTS if spec.device == "cpu" else {}),
-            **spec.arguments,
-        }
-        command = [spec.python, "-m", "sglang.launch_server"]
-        for name, value in given.items():
-            option = "--" + name.replace("_", "-")
-            if value is True:
-                command.append(option)
-            elif value is not False and value is not None:
-                command += [option, *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
-        return command
 
     def wait_until_ready(self, timeout: float) -> None:
         """Raises OpdError with the end of its log where it ends, or is not ready after ``timeout`` seconds."""
@@ -153,10 +129,45 @@ _CPU_ARGUMENTS: dict[str, Any] = {
 }
 
 
-def _environment(spec: ServerSpec) -> dict[str, str]:
+def start_by_hand(spec: ServerSpec, port: int, key_file: str | None) -> str:
+    """The shell command for a server that a run attaches to."""
+    environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in _environment(spec).items())
+    key = "" if key_file is None else f' --api-key "$(cat {shlex.quote(key_file)})"'
+    return f"env {environment} {shlex.join(_command(spec, port, None))}{key}"
+
+
+def _command(spec: ServerSpec, port: int, api_key: str | None) -> list[str]:
+    given = {
+        "model_path": str(spec.model),
+        "tp_size": spec.tp,
+        "host": spec.host,
+        "port": port,
+        "api_key": api_key,
+        "dtype": spec.dtype,
+        "device": spec.device,
+        "random_seed": spec.seed,
+        "skip_server_warmup": True,
+        "custom_weight_loader": [LOADER],
+        **(_CPU_ARGUMENTS if spec.device == "cpu" else {}),
+        **spec.arguments,
+    }
+    command = [spec.python, "-m", "sglang.launch_server"]
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            command.append(option)
+        elif value is not False and value is not None:
+            command += [option, *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+    return command
+
+
+def _inherited() -> dict[str, str]:
     # torchrun's variables would make the server's ranks join ours, or wait for a store that its agent has.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN)}
-    environment["HF_HUB_OFFLINE"] = "1"
+    return {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN)}
+
+
+def _environment(spec: ServerSpec) -> dict[str, str]:
+    environment = {"HF_HUB_OFFLINE": "1"}
     paths = [_ENGINE_SIDE]
     if spec.device == "cpu":
         cores = os.cpu_count() or 1

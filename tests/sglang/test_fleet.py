@@ -15,6 +15,7 @@ import pytest
 from megatron_opd.sglang.client import Endpoint, Generated
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.fleet import Fleet
+from megatron_opd.sglang.launched import launch
 from megatron_opd.sglang.roster import Roster
 from tests.sglang.conftest import START_UP_SECONDS, spec
 from tests.sglang.test_sglang import greedy
@@ -54,7 +55,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def lose_and_regain(model: str, folder: str) -> dict[str, object]:
     own = spec(Path(model), Path(folder) / "frozen.log", load_format="auto")
-    fleet = Fleet([own, own], {"student"}, max_restarts=2, startup_timeout=START_UP_SECONDS)
+    fleet = Fleet(
+        lambda: launch([own, own], max_restarts=2, startup_timeout=START_UP_SECONDS),
+        ["student"],
+        frozen=["student"],
+        patience=START_UP_SECONDS,
+    )
     try:
         fleet.wait_until_ready()
         roster = fleet.roster("student")
