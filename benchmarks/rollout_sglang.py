@@ -3,8 +3,8 @@
     python -m benchmarks.rollout_sglang --python .venv-sglang/bin/python
 
 Straight: all requests at once from one asynchronous client, which neither watches nor orders them, nor reads the answers.
-Lengths are prescribed, so both ways write the same number of tokens: equal ones, and a long-tailed mix, whose lengths we are told
-as a step's are known from the one before. The two alternate within each repeat; the median of the ratios is printed.
+Lengths are prescribed, so both ways write the same number of tokens: equal ones, and a long-tailed mix, whose lengths we are
+told as a step's are known from the one before. The two alternate within each repeat; the median of the ratios is printed.
 """
 
 from __future__ import annotations
