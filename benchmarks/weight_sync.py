@@ -79,8 +79,8 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "model"
-            _make_model(model, *MODELS[name])
-            server = Server(_spec(options.python, model, options.engine_tp, Path(folder) / "server.log"))
+            make_model(model, *MODELS[name])
+            server = Server(server_spec(options.python, model, options.engine_tp, Path(folder) / "server.log"))
             try:
                 server.wait_until_ready(600.0)
                 measurement = Measurement(
@@ -203,7 +203,7 @@ def _build_trainer(measurement: Measurement) -> Trainer:
     )
 
 
-def _make_model(folder: Path, hidden: int, layers: int, vocab: int) -> None:
+def make_model(folder: Path, hidden: int, layers: int, vocab: int) -> None:
     config = Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -218,7 +218,7 @@ def _make_model(folder: Path, hidden: int, layers: int, vocab: int) -> None:
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-def _spec(python: str, model: Path, tp: int, log: Path) -> ServerSpec:
+def server_spec(python: str, model: Path, tp: int, log: Path, **arguments: object) -> ServerSpec:
     return ServerSpec(
         name="student",
         python=python,
@@ -228,7 +228,7 @@ def _spec(python: str, model: Path, tp: int, log: Path) -> ServerSpec:
         device="cpu",
         host=HOST,
         seed=1,
-        arguments={"load_format": "dummy", "skip_tokenizer_init": True},
+        arguments={"load_format": "dummy", "skip_tokenizer_init": True, **arguments},
         log=log,
     )
 

@@ -106,7 +106,8 @@ class RolloutConfig(_Section):
     # Of SGLang's servers. colocated: on the training's own devices, which the two have by turns.
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     # auto: ipc where colocated, else collective. disk: a folder in run.dir that the servers see too, where nothing else works.
-    weight_sync: Literal["auto", "collective", "ipc", "disk"] = "auto"
+    # native: whole tensors to every rank, by SGLang's own broadcast, for servers that were started without our loader.
+    weight_sync: Literal["auto", "collective", "ipc", "native", "disk"] = "auto"
     engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts
     urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
     api_key_file: str | None = None  # of the servers at urls: a text file
@@ -121,7 +122,7 @@ class RolloutConfig(_Section):
     sglang: dict[str, Any] = {}  # native ServerArgs fields, checked against the installed package
 
     @property
-    def transport(self) -> Literal["collective", "ipc", "disk"]:
+    def transport(self) -> Literal["collective", "ipc", "native", "disk"]:
         """The way of the weights to SGLang's servers."""
         if self.weight_sync != "auto":
             return self.weight_sync
@@ -547,10 +548,10 @@ def _check_placement(rollout: RolloutConfig) -> None:
     if rollout.backend != "sglang" and (rollout.placement == "colocated" or rollout.weight_sync != "auto"):
         key = "placement" if rollout.placement == "colocated" else "weight_sync"
         raise OpdError(f"rollout.{key}: of SGLang's servers, but rollout.backend is embedded; set backend=sglang or remove it")
-    if rollout.placement == "colocated" and rollout.transport == "collective":
+    if rollout.placement == "colocated" and rollout.transport in ("collective", "native"):
         raise OpdError(
-            "rollout.weight_sync: collective, but rollout.placement is colocated, and NCCL refuses two ranks on one GPU; "
-            "set weight_sync=auto"
+            f"rollout.weight_sync: {rollout.transport}, but rollout.placement is colocated, and NCCL refuses two ranks on one "
+            "GPU; set weight_sync=auto"
         )
     if rollout.placement == "disaggregated" and rollout.transport == "ipc":
         raise OpdError(

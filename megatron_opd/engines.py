@@ -32,6 +32,7 @@ from megatron_opd.weight_sync.delivery import Carrier
 from megatron_opd.weight_sync.disk import Disk
 from megatron_opd.weight_sync.ipc import Ipc
 from megatron_opd.weight_sync.memory import MemorySync
+from megatron_opd.weight_sync.native import Native
 from megatron_opd.weight_sync.probe import Probe
 from megatron_opd.weight_sync.sync import EngineSync
 
@@ -111,6 +112,7 @@ def _attach(config: Config, inputs: Inputs) -> list[Attached]:
         rollout.tp,
         config.student.dtype,
         tokens=max(len(prompt.token_ids) for prompt in inputs.prompts) + rollout.sampling.max_new_tokens,
+        has_loader=rollout.transport == "collective",
     )
     return [Attached(Endpoint(url.rstrip("/"), key), expected, rollout.startup_timeout) for url in rollout.urls]
 
@@ -229,6 +231,15 @@ def _carrier(config: Config, inputs: Inputs, platform: Platform, trainer: Traine
         case "disk":
             folder = Path(config.run.dir) / "weights"
             return Disk(trainer, first_rank, inputs.student.path, folder, dtype_of(config))
+        case "native":
+            return Native(
+                trainer,
+                first_rank,
+                host=rollout.host,
+                backend=platform.weight_backend,
+                bucket_bytes=rollout.sync_bucket_bytes,
+                timeout=rollout.request_timeout,
+            )
         case "ipc":
             return Ipc(
                 trainer,

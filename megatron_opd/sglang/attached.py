@@ -30,6 +30,7 @@ class Expected:
     tp: int
     dtype: str
     tokens: int  # of the longest prompt and response together
+    has_loader: bool  # ours, which the way of the weights needs
 
 
 class Attached:
@@ -119,8 +120,11 @@ def _differences(
         found.append(
             f"has dtype {server.get('dtype')}, but student.dtype is {expected.dtype}; start it with --dtype {expected.dtype}"
         )
-    if LOADER not in (server.get("custom_weight_loader") or []):
-        found.append(f"cannot receive weights; start it with --custom-weight-loader {LOADER}, as `megatron-opd check` says")
+    if expected.has_loader and LOADER not in (server.get("custom_weight_loader") or []):
+        found.append(
+            f"cannot receive a rank's own weights; start it with --custom-weight-loader {LOADER}, as `megatron-opd check` "
+            "says, or set rollout.weight_sync=native"
+        )
     lengths = [card["max_model_len"] for card in cards.get("data", []) if card.get("max_model_len")]
     if lengths and max(lengths) < expected.tokens:
         found.append(

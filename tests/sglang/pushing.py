@@ -144,7 +144,8 @@ def strike(trainer: Trainer, fault: Fault) -> None:
 
 def log_probs(folder: Path, rollout: Rollout, sampling: SamplingParams) -> torch.Tensor:
     """[R] nats, by transformers in fp64."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    # Their grouped product of experts has no fp64.
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
     with torch.no_grad():
         logits = model(ids).logits[0, :, : sampling.vocab_size] / sampling.temperature

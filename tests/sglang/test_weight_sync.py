@@ -105,7 +105,7 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
     folder = tmp_path_factory.mktemp("special")
     make_model(folder / "experts", "qwen3_moe", layers=2, hidden=64, seed=4, max_positions=256)
     make_model(folder / "mixtral", "mixtral", layers=2, hidden=64, seed=5, max_positions=256)
-    make_model(folder / "padded", "qwen2", layers=2, hidden=72, seed=6, max_positions=256, tied=True)
+    make_model(folder / "padded", "qwen2", layers=2, hidden=72, head_dim=18, seed=6, max_positions=256, tied=True)
     running = {name: Server(spec(folder / name, folder / f"{name}.log", 2)) for name in ("experts", "mixtral", "padded")}
     try:
         for server in running.values():

@@ -1,0 +1,159 @@
+"""What each engine rank is sent fills its parameters as SGLang fuses, stacks and pads them, and nothing is sent twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_opd.mcore.hf_export import TensorInfo
+from megatron_opd.mcore.hf_mapping import Dimensions
+from megatron_opd.sglang.engine_side.opd_weights import Receiver, digest
+from megatron_opd.weight_sync.pieces import Piece, piece_of, unsent
+from megatron_opd.weight_sync.plan import Parcel, buckets
+
+HIDDEN, HEAD = 12, 3
+MLP, ATTENTION = "model.layers.0.mlp", "model.layers.0.self_attn"
+
+
+def dimensions(heads: int = 8, groups: int = 4, vocab: int = 21, experts: int = 0) -> Dimensions:
+    return Dimensions(1, heads, groups, HEAD, vocab, vocab, False, experts)
+
+
+def numbered(*shape: int) -> Tensor:
+    """All elements differ, and none is 0."""
+    return torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+
+
+class _Engine:
+    """What the loader uses of a model."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self._parameters = parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._parameters.items())
+
+
+def filled(tensors: dict[str, Tensor], parameters: dict[str, Tensor], rank: int, tp: int, dims: Dimensions) -> list[Piece]:
+    """Put into ``parameters`` what the trainer sends of ``tensors``, by the loader that runs in the server."""
+    shapes = {name: list(each.shape) for name, each in parameters.items()}
+    infos = [TensorInfo(name, each.dtype, tuple(each.shape)) for name, each in tensors.items()]
+    pieces = [piece_of(info, shapes, rank, tp, dims) for info in infos]
+    kept = tuple(piece for piece in pieces if piece.nbytes)
+    parcel = Parcel(tuple(tensors), kept)
+    flat = torch.empty(parcel.nbytes, dtype=torch.uint8)
+    for name, full in tensors.items():
+        parcel.write(name, full, flat)
+    for name in unsent(kept, shapes):
+        parameters[name].zero_()
+    command = {
+        "pieces": [
+            {"name": p.tensor.name, "dtype": "float32", "shape": list(p.shape), "target": p.target, "place": p.place}
+            for p in kept
+        ]
+    }
+    Receiver(_Engine(parameters))._put(command, flat)
+    return pieces
+
+
+@pytest.mark.parametrize(("tp", "groups"), [(1, 4), (2, 4), (4, 4), (8, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_attention_keeps_whole_query_groups(tp: int, groups: int, kind: str) -> None:
+    dims = dimensions(groups=groups)
+    width = (HIDDEN,) if kind == "weight" else ()
+    q, k, v = numbered(8 * HEAD, *width), 1000 + numbered(groups * HEAD, *width), 2000 + numbered(groups * HEAD, *width)
+    tensors = {f"{ATTENTION}.{name}.{kind}": each for name, each in (("q_proj", q), ("k_proj", k), ("v_proj", v))}
+    own = max(1, groups // tp)
+    for rank in range(tp):
+        fused = torch.full(((8 // tp + 2 * own) * HEAD, *width), torch.nan)
+        filled(tensors, {f"{ATTENTION}.qkv_proj.{kind}": fused}, rank, tp, dims)
+        heads = range(rank * 8 // tp, (rank + 1) * 8 // tp)
+        mine = sorted({head * groups // 8 for head in heads})
+        expected = [q.unflatten(0, (8, HEAD))[list(heads)], *(each.unflatten(0, (groups, HEAD))[mine] for each in (k, v))]
+        assert torch.equal(fused, torch.cat([each.flatten(0, 1) for each in expected]))
+
+
+@pytest.mark.parametrize(("tp", "padded"), [(1, 10), (2, 10), (2, 16), (4, 32)])
+def test_padding_of_the_feed_forward_layer_is_zero(tp: int, padded: int) -> None:
+    gate, up, down = numbered(10, HIDDEN), 1000 + numbered(10, HIDDEN), numbered(HIDDEN, 10)
+    tensors = {f"{MLP}.gate_proj.weight": gate, f"{MLP}.up_proj.weight": up, f"{MLP}.down_proj.weight": down}
+    each = padded // tp
+    for rank in range(tp):
+        fused, rows = torch.full((2 * each, HIDDEN), torch.nan), torch.full((HIDDEN, each), torch.nan)
+        filled(tensors, {f"{MLP}.gate_up_proj.weight": fused, f"{MLP}.down_proj.weight": rows}, rank, tp, dimensions())
+
+        def own(full: Tensor, rank: int = rank) -> Tensor:
+            return torch.nn.functional.pad(full, (0, 0, 0, padded - 10))[rank * each : (rank + 1) * each]
+
+        if rank * each < 10:
+            assert torch.equal(fused, torch.cat([own(gate), own(up)]))
+            assert torch.equal(rows, own(down.T).T)
+
+
+@pytest.mark.parametrize("spread", ["each expert over the ranks", "experts of its own"])
+def test_experts_are_stacked(spread: str) -> None:
+    tp, experts, ffn = 2, 4, 6
+    dims = dimensions(experts=experts)
+    block = "model.layers.0.mlp.experts"
+    names = ("gate_proj", "up_proj", "down_proj")
+    shapes = ((ffn, HIDDEN), (ffn, HIDDEN), (HIDDEN, ffn))
+    tensors = {
+        f"{block}.{e}.{name}.weight": 1000 * (3 * e + n) + numbered(*shape)
+        for e in range(experts)
+        for n, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    }
+    whole = {n: torch.stack([tensors[f"{block}.{e}.{names[n]}.weight"] for e in range(experts)]) for n in range(3)}
+    for rank in range(tp):
+        if spread == "experts of its own":
+            mine, cut = slice(rank * 2, rank * 2 + 2), slice(None)
+        else:
+            mine, cut = slice(None), slice(rank * 3, rank * 3 + 3)
+        expected = torch.cat([whole[0][mine][:, cut], whole[1][mine][:, cut]], dim=1), whole[2][mine][:, :, cut]
+        w13, w2 = (torch.full_like(each, torch.nan) for each in expected)
+        filled(tensors, {f"{block}.w13_weight": w13, f"{block}.w2_weight": w2}, rank, tp, dims)
+        assert torch.equal(w13, expected[0])
+        assert torch.equal(w2, expected[1])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_vocabulary_rows_and_norms(tp: int) -> None:
+    rows, norm = numbered(21, HIDDEN), numbered(HIDDEN)
+    tensors = {"model.embed_tokens.weight": rows, "model.norm.weight": norm}
+    parts = []
+    for rank in range(tp):
+        own, copy = torch.full((24 // tp, HIDDEN), torch.nan), torch.full((HIDDEN,), torch.nan)
+        filled(tensors, {"model.embed_tokens.weight": own, "model.norm.weight": copy}, rank, tp, dimensions())
+        parts.append(own)
+        assert torch.equal(copy, norm)
+    assert torch.equal(torch.cat(parts), torch.nn.functional.pad(rows, (0, 0, 0, 3)))
+
+
+def strange_shapes() -> Iterator[tuple[str, tuple[int, ...], dict[str, list[int]]]]:
+    yield "a parameter that the engine lacks", (HIDDEN,), {}
+    yield "fewer rows than the ranks need", (21, HIDDEN), {"model.embed_tokens.weight": [5, HIDDEN]}
+    yield "a transposed parameter", (21, HIDDEN), {"model.embed_tokens.weight": [HIDDEN, 24]}
+
+
+@pytest.mark.parametrize(("shape", "engine"), [case[1:] for case in strange_shapes()], ids=[c[0] for c in strange_shapes()])
+def test_what_fits_no_rule_goes_whole(shape: tuple[int, ...], engine: dict[str, list[int]]) -> None:
+    piece = piece_of(TensorInfo("model.embed_tokens.weight", torch.float32, shape), engine, 0, 2, dimensions())
+    assert piece.target is None and piece.shape == shape
+
+
+def test_buckets_are_bounded() -> None:
+    tensors = [TensorInfo(str(size), torch.bfloat16, (size,)) for size in (10, 20, 30, 100, 5, 5)]
+    assert [[tensor.name for tensor in bucket] for bucket in buckets(tensors, 120)] == [["10", "20", "30"], ["100"], ["5", "5"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_digest_tells_bits_and_places(dtype: torch.dtype) -> None:
+    values = (torch.randn(3000, 7, generator=torch.Generator().manual_seed(0)) * 50).to(dtype)
+    same, swapped, flipped = values.clone(), values.clone(), values.clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    flipped.view(torch.uint8)[5, 3] ^= 1
+    assert digest(values) == digest(same) == digest(values.T.contiguous().T)
+    assert digest(swapped) != digest(values) != digest(flipped)
+    assert digest(swapped)[0] == digest(values)[0]  # the second sum is what tells
