@@ -101,6 +101,8 @@ class RolloutConfig(_Section):
     # Nats a token: mean |log pi_trainer - log pi_engine| of a step's rollouts; ours. Kernels differ by some 0.01 in bf16, an
     # engine that has other weights by 1 and more. null: no bound.
     max_engine_gap: float | None = Field(default=0.2, gt=0)
+    # 1: the rollouts of a step are written while the step before trains, by weights that are one update older. SGLang alone.
+    lag: Literal[0, 1] = 0
     # Of SGLang's servers. colocated: on the training's own devices, which the two have by turns.
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     # auto: ipc where colocated, else collective. disk: a folder in run.dir that the servers see too, where nothing else works.
@@ -441,6 +443,7 @@ def _check_combinations(config: Config) -> None:
     if config.rollout.sglang and config.rollout.backend != "sglang":
         raise OpdError("rollout.sglang: set, but rollout.backend is embedded; set rollout.backend=sglang or remove it")
     _check_placement(config.rollout)
+    _check_lag(config)
     if config.optimizer.warmup_steps >= config.run.steps:
         raise OpdError(
             f"optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below run.steps={config.run.steps}; lower it"
@@ -519,6 +522,26 @@ def _check_layout(section: str, parallel: ParallelConfig) -> None:
         raise OpdError(f"{key}.vpp: {parallel.vpp}, but a frozen model has no backward to interleave with; set vpp=1")
     if parallel.vpp > 1 and parallel.pp == 1:
         raise OpdError(f"{key}.vpp: {parallel.vpp} virtual stages need pp > 1; set pp=2 or more, or vpp=1")
+
+
+def _check_lag(config: Config) -> None:
+    rollout, mixture = config.rollout, config.mixture
+    if not rollout.lag:
+        return
+    if rollout.backend != "sglang":
+        raise OpdError(
+            "rollout.lag: 1, but the embedded engine has the training's own processors, so nothing would overlap; set "
+            "rollout.lag=0 or rollout.backend=sglang"
+        )
+    if rollout.placement == "colocated":
+        raise OpdError(
+            "rollout.lag: 1, but rollout.placement=colocated gives the devices to rollouts and training by turns; set "
+            "rollout.lag=0 or placement=disaggregated"
+        )
+    if not mixture.student and not mixture.teacher:
+        raise OpdError(
+            "rollout.lag: 1, but mixture.student and mixture.teacher are 0, so nothing is written; set rollout.lag=0"
+        )
 
 
 def _check_placement(rollout: RolloutConfig) -> None:

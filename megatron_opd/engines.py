@@ -18,6 +18,7 @@ from megatron_opd.preflight import Inputs, dtype_of
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.rollout.sglang import SGLangEngine
+from megatron_opd.rollout.steps import Beside, Writers
 from megatron_opd.sglang.attached import Attached, Expected
 from megatron_opd.sglang.client import Endpoint, read_key
 from megatron_opd.sglang.fleet import Fleet, Place
@@ -44,6 +45,7 @@ class Engines:
     student: RolloutEngine | None  # None: nothing is sampled (only gold, no evaluation)
     teacher: RolloutEngine | None
     weight_sync: WeightSync | None
+    beside: Beside | None = None  # the same engines, to write beside the training, where they can
 
 
 def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet | None:
@@ -181,13 +183,16 @@ def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: 
         for name in servers.models
     }
     student, teacher, weight_sync = None, None, None
+    student_here, teacher_here = None, None
     if config.samples:
         student = engine(_STUDENT, inputs.student, frozen=False)
+        student_here = student.here
         weight_sync = _sync(config, inputs, platform, trainer, servers, student.roster, residences[_STUDENT])
     if inputs.teachers and config.teacher_writes:
         own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
         teacher = RoutedEngine(own, inputs.teacher_stop_ids)
-    return Engines(student, teacher, weight_sync)
+        teacher_here = RoutedEngine({name: each.here for name, each in own.items()}, inputs.teacher_stop_ids)
+    return Engines(student, teacher, weight_sync, Beside(servers.first_rank, Writers(student_here, teacher_here)))
 
 
 def _sync(

@@ -75,6 +75,8 @@ class Reporter:
             "policy/engine_gap_mean": terms.engine_gap,
             "policy/engine_gap_max": stats.engine_gap_max,
         }
+        if record.get("policy/lag_max"):  # then the weights differ, not the engine
+            on_policy = {name.replace("engine_gap", "staleness_gap"): value for name, value in on_policy.items()}
         whole: Record = {
             "loss": terms.loss,
             **(on_policy if objective.student_weight else dict.fromkeys(on_policy)),

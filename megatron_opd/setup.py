@@ -17,6 +17,7 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.monitoring.monitors import Monitors
 from megatron_opd.preflight import Inputs
+from megatron_opd.rollout.steps import StepRollouts, Writers
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.sglang.fleet import Fleet
@@ -27,8 +28,7 @@ from megatron_opd.types import RolloutEngine, Scorer, WeightSync
 class System:
     """The parts of one training step."""
 
-    dataset: PromptDataset
-    mixture: Mixture
+    rollouts: StepRollouts
     engine: RolloutEngine | None  # None: nothing is sampled (only gold, no evaluation)
     teacher_engine: RolloutEngine | None
     teacher: Scorer | None
@@ -66,8 +66,14 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
     trainer = _build_trainer(config, inputs, platform, layout)
     engines = build_engines(config, inputs, platform, trainer, servers)
     return System(
-        dataset=PromptDataset(inputs.prompts, config.run.seed),
-        mixture=Mixture(config.mixture, config.run.seed),
+        rollouts=StepRollouts(
+            PromptDataset(inputs.prompts, config.run.seed),
+            Mixture(config.mixture, config.run.seed),
+            Writers(engines.student, engines.teacher),
+            config.sampling(inputs.stop_ids, inputs.loss_vocab_size),
+            prompts=config.data.prompts_per_step,
+            ahead=engines.beside if config.rollout.lag else None,
+        ),
         engine=engines.student,
         teacher_engine=engines.teacher,
         teacher=_build_teacher(config, inputs, platform, layout) if config.objective.needs_teacher else None,

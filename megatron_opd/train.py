@@ -20,9 +20,9 @@ from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verifi
 from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.monitoring.lag import policy_lag
 from megatron_opd.preflight import Inputs, prepare
 from megatron_opd.reporter import Reporter
-from megatron_opd.rollout.collect import collect
 from megatron_opd.saver import Saver
 from megatron_opd.setup import System, build_system
 from megatron_opd.types import (
@@ -67,17 +67,17 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         system.weight_sync.push(state.policy_version)
     if state.step == 0:
         _evaluate_start(config, inputs, system, state, reporter)
-    sampling = config.sampling(inputs.stop_ids, inputs.loss_vocab_size)
     multiples = Multiples.of(config.layouts.values())
     clock = Clock()
 
     while state.step < config.run.steps:
-        prompts = system.dataset.next(state.cursor, config.data.prompts_per_step)
-        plan = system.mixture.assign(prompts, state.step)  # prompt → who writes its responses
         with trainer.off_device():  # engines and frozen models have the memory
             with clock.phase("rollout"):
-                rollouts = collect(plan, system.engine, system.teacher_engine, sampling)
+                rollouts = system.rollouts.take(state)  # the next prompts, each response from the one who is to write it
+                if config.rollout.lag and state.step + 1 < config.run.steps:
+                    system.rollouts.begin_next(state)  # with the weights of now, while this step is scored and trained
                 system.sleep_engines()
+            lag = policy_lag(rollouts, state.policy_version)
             alarms = system.monitors.observe(state.step + 1, rollouts)
             shares = pack(
                 rollouts,
@@ -94,6 +94,8 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
             stats = trainer.step(batches, teacher_scores, reference_scores)
         state.step += 1
         _count_skips(state, stats)
+        with clock.phase("rollout"):
+            system.rollouts.settle()
         with clock.phase("weight_sync"):
             sync = None
             if system.weight_sync and (not stats.skipped or config.rollout.placement == "colocated"):  # asleep, it forgot them
@@ -101,7 +103,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
                 sync = system.weight_sync.push(state.policy_version)
 
         record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
-        record |= {**system.monitors.summary(), **clock.record(stats.tokens)}
+        record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens)}
         record |= system.engine.figures() if system.engine else {}
         record |= sync.figures() if sync else {}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
@@ -109,7 +111,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         reporter.step(state, stats, record, rollouts, alarms)
         state.monitors = system.monitors.state_dict()
         saver.poll()
-        _stop_if_needed(config, state, stats, alarms, saver)
+        _stop_if_needed(config, state, stats, alarms, saver, on_policy=not lag["policy/lag_max"])
         if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
             saver.save(state)
     return state
@@ -127,7 +129,9 @@ def _count_skips(state: TrainState, stats: StepStats) -> None:
     state.consecutive_skips = state.consecutive_skips + 1 if stats.skipped else 0
 
 
-def _stop_if_needed(config: Config, state: TrainState, stats: StepStats, alarms: Sequence[Alarm], saver: Saver) -> None:
+def _stop_if_needed(
+    config: Config, state: TrainState, stats: StepStats, alarms: Sequence[Alarm], saver: Saver, *, on_policy: bool
+) -> None:
     """Raises RunStopped, after a checkpoint where the weights are still good."""
     if state.consecutive_skips >= config.run.max_skipped_steps:
         raise RunStopped(
@@ -135,7 +139,7 @@ def _stop_if_needed(config: Config, state: TrainState, stats: StepStats, alarms:
             f"in {saver.folder} are intact; lower optimizer.lr, or look at the last samples"
         )
     gap, bound = stats.terms.engine_gap, config.rollout.max_engine_gap
-    if bound is not None and gap > bound:
+    if on_policy and bound is not None and gap > bound:  # what older weights wrote differs, as it should
         raise RunStopped(
             f"step {state.step}: the engine's log-probabilities differ from the trainer's by {gap:.3g} nats a token, more than "
             f"rollout.max_engine_gap={bound}: it has other weights or computes otherwise; the checkpoints in {saver.folder} "
@@ -215,10 +219,11 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[f"time/{name}"] = time.perf_counter() - start
+        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + time.perf_counter() - start
 
     def record(self, tokens: int) -> dict[str, float | None]:
         """This step's phases, its whole time and its input tokens per second; starts the next step."""
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
-        return {**self.seconds, "time/step": elapsed, "tokens_per_second": tokens / elapsed}
+        seconds, self.seconds = self.seconds, {}
+        return {**seconds, "time/step": elapsed, "tokens_per_second": tokens / elapsed}

@@ -271,6 +271,16 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         both(attached("http://127.0.0.1:1"), put("rollout.api_key_file", "/nowhere/key")),
         ["rollout.api_key_file", "/nowhere/key", "text file"],
     ),
+    "rollouts ahead of training by the embedded engine": (put("rollout.lag", 1), ["rollout.lag", "embedded", "rollout.lag=0"]),
+    "rollouts ahead on the training's devices": (
+        both(attached(), put("rollout.lag", 1), put("rollout.placement", "colocated")),
+        ["rollout.lag", "colocated", "rollout.lag=0"],
+    ),
+    "nothing to write ahead": (
+        both(attached(), put("rollout.lag", 1), put("mixture.student", 0)),
+        ["rollout.lag", "mixture.student", "rollout.lag=0"],
+    ),
+    "more than a step ahead": (put("rollout.lag", 2), ["rollout.lag", "2", "1"]),
     "restarts below 0": (put("rollout.max_restarts", -1), ["rollout.max_restarts", "-1"]),
     "damaged checkpoint": (damaged_checkpoint, ["checkpoint.resume", "iter_0000002, common.pt is missing", "delete them"]),
     "load without a checkpoint": (load_from("student"), ["student.load", "not a torch_dist checkpoint", "iter_"]),

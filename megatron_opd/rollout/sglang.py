@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_opd.rollout.progress import Progress
 from megatron_opd.rollout.responses import whole_response
@@ -11,7 +11,7 @@ from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
-from megatron_opd.types import OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer, VersionSpan
+from megatron_opd.types import OpdError, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Tokenizer, VersionSpan
 
 _LONGEST_LOGIT_BIAS = 4096  # ids; sent with every request
 _NEVER = -1e9  # logit bias of ids that the student's loss does not know
@@ -52,6 +52,11 @@ class SGLangEngine:
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         """Raises OpdError, on every rank: a prompt leaves no room, no server is left, or one answered with other weights."""
         return self._first_rank.run(lambda: self._generate(requests, sampling))
+
+    @property
+    def here(self) -> RolloutEngine:
+        """The same, but not collective: the first rank alone calls it."""
+        return _Here(self._generate)
 
     def sleep(self) -> None:
         """Their memory is the training's until the next :meth:`generate`; the student's weights, until the next push."""
@@ -114,6 +119,17 @@ class SGLangEngine:
             text=self._tokenizer.decode(text_ids),
             versions=() if self._frozen else _versions(response),
         )
+
+
+class _Here:
+    def __init__(self, generate: Callable[[Sequence[RolloutRequest], SamplingParams], list[Rollout]]) -> None:
+        self.generate = generate
+
+    def figures(self) -> dict[str, float | None]:
+        return {}
+
+    def sleep(self) -> None:
+        """Engines that write beside the training have devices of their own."""
 
 
 def _versions(response: Generated) -> tuple[VersionSpan, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Attached:
             self._given_up = True
             roster.give_up(self.endpoint, str(error))
             return
-        roster.welcome(self.endpoint, instead_of=self.endpoint)
+        lost, self.endpoint = self.endpoint, replace(self.endpoint, life=self.endpoint.life + 1)
+        roster.welcome(self.endpoint, instead_of=lost)
 
     def stop(self) -> None:
         """It is not ours."""

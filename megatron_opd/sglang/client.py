@@ -31,6 +31,7 @@ def read_key(section: str, path: str) -> str:
 class Endpoint:
     url: str
     api_key: str | None = None
+    life: int = 0  # how often a server that is not ours came back there: it has nothing of what the one before was given
 
     @property
     def headers(self) -> dict[str, str]:

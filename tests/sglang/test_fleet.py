@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_opd.sglang.client import Endpoint, Generated
+from megatron_opd.sglang.client import Client, Endpoint, Generated
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.fleet import Fleet
 from megatron_opd.sglang.launched import launch
 from megatron_opd.sglang.roster import Roster
+from megatron_opd.sglang.server import Server
 from tests.sglang.conftest import START_UP_SECONDS, spec
 from tests.sglang.test_sglang import greedy
 from tests.worker_pool import WorkerPool
@@ -110,3 +111,24 @@ def test_servers_that_are_killed_or_hang_come_back_and_no_request_is_lost(
     assert sorted(file.name for file in tmp_path.glob("*.log")) == [
         *("0-frozen.1.log", "0-frozen.2.log", "0-frozen.log", "1-frozen.1.log", "1-frozen.log")
     ]
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract"])
+def test_responses_that_a_pause_breaks_off_are_those_of_an_undisturbed_server(servers: list[Server], mode: str) -> None:
+    """SGLang aborts what is in flight, with its tokens, or puts it aside."""
+    endpoint = servers[0].endpoint
+    client = Client(endpoint, 30.0)
+    roster = Roster("student", [endpoint])
+    undisturbed, _ = generate(roster)
+    asked = 0
+
+    def pause() -> None:
+        nonlocal asked
+        client.post("/pause_generation", mode=mode)
+        asked += 1
+        time.sleep(0.5)
+        client.post("/continue_generation")
+
+    assert generate(roster, 0.5, pause) == (undisturbed, {})
+    assert asked == 1
+    client.close()
