@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, TeacherConfig, teacher_key
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
@@ -16,7 +16,7 @@ from megatron_opd.preflight import Inputs, dtype_of
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.rollout.routed import RoutedEngine
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.sglang.client import Endpoint
+from megatron_opd.sglang.client import Endpoint, read_key
 from megatron_opd.sglang.fleet import Fleet
 from megatron_opd.sglang.server import ServerSpec
 from megatron_opd.types import RolloutEngine, WeightSync
@@ -32,40 +32,56 @@ _STUDENT = "student"
 class Engines:
     student: RolloutEngine | None  # None: nothing is sampled (only gold, no evaluation)
     teacher: RolloutEngine | None
+    served: dict[str, list[Endpoint]]  # of each teacher that SGLang serves, by name; on the first rank
     weight_sync: WeightSync | None
 
 
 def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet | None:
     """They start while the models are built. The student's come up with random weights: one that is never pushed shows."""
-    if config.rollout.backend != "sglang":
-        return None
     specs, native = [], config.rollout.sglang
-    if _samples(config):
-        spec = _spec(config, platform, _STUDENT, inputs.student, {"load_format": "dummy", **native})
+    if config.rollout.backend == "sglang" and config.samples:
+        arguments = {"load_format": "dummy", **native}
+        spec = _spec(config, platform, _STUDENT, inputs.student, config.rollout.tp, arguments)
         specs += [spec] * config.rollout.engines
-    if _teacher_writes(config):
-        specs += [_spec(config, platform, _server_name(name), folder, native) for name, folder in inputs.teachers.items()]
+    for name, teacher in config.sglang_teachers.items():
+        if not teacher.urls:
+            served = teacher.backend == "sglang" and teacher.parallel is not None
+            tp = teacher.parallel.tp if served and teacher.parallel is not None else config.rollout.tp
+            specs.append(_spec(config, platform, _server_name(name), inputs.teachers[name], tp, native))
     return Fleet(specs) if specs else None
 
 
 def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Engines:
     """Collective over the world. Raises OpdError where a server does not come up."""
-    if servers is not None:
-        return _reach_servers(config, inputs, platform, trainer, servers)
-    student = _embed(config, inputs, platform, inputs.student.path, load=False) if _samples(config) else None
-    teacher = None
-    if inputs.teachers and _teacher_writes(config):
-        own = {name: _embed(config, inputs, platform, folder.path, load=True) for name, folder in inputs.teachers.items()}
-        teacher = RoutedEngine(own, inputs.teacher_stop_ids)
-    return Engines(student, teacher, MemorySync(trainer, student) if student else None)
+    running = servers.wait_until_ready(config.rollout.startup_timeout) if servers else []
+    student: RolloutEngine | None = None
+    weight_sync: WeightSync | None = None
+    if config.samples and config.rollout.backend == "sglang":
+        endpoints = [endpoint for server, endpoint in running if server == _STUDENT]
+        student = _served(config, inputs, endpoints, inputs.student, frozen=False)
+        weight_sync = _sync(config, platform, trainer, endpoints)
+    elif config.samples:
+        embedded = _embed(config, inputs, platform, inputs.student.path, load=False)
+        student, weight_sync = embedded, MemorySync(trainer, embedded)
+    served = {
+        name: _attached(teacher_key(name), teacher)
+        if teacher.urls
+        else [endpoint for server, endpoint in running if server == _server_name(name)]
+        for name, teacher in config.sglang_teachers.items()
+    }
+    writers: dict[str, RolloutEngine] = {}
+    for name, folder in inputs.teachers.items() if config.teacher_writes else ():
+        if name in served:
+            writers[name] = _served(config, inputs, served[name], folder, frozen=True)
+        else:
+            writers[name] = _embed(config, inputs, platform, folder.path, load=True)
+    return Engines(student, RoutedEngine(writers, inputs.teacher_stop_ids) if writers else None, served, weight_sync)
 
 
-def _samples(config: Config) -> bool:
-    return config.mixture.student > 0 or config.eval is not None
-
-
-def _teacher_writes(config: Config) -> bool:
-    return config.mixture.teacher > 0 or (config.eval is not None and config.eval.teacher)
+def _attached(section: str, teacher: TeacherConfig) -> list[Endpoint]:
+    """Servers that somebody else runs. Raises OpdError."""
+    key = None if teacher.api_key_file is None else read_key(f"{section}.api_key_file", teacher.api_key_file)
+    return [Endpoint(url.rstrip("/"), key) for url in teacher.urls]
 
 
 def _embed(config: Config, inputs: Inputs, platform: Platform, folder: Path, *, load: bool) -> EmbeddedEngine:
@@ -85,13 +101,13 @@ def _server_name(teacher: str) -> str:
     return f"teacher-{teacher}" if teacher else "teacher"
 
 
-def _spec(config: Config, platform: Platform, name: str, folder: HFFolder, arguments: dict[str, object]) -> ServerSpec:
+def _spec(config: Config, platform: Platform, name: str, folder: HFFolder, tp: int, arguments: dict[str, object]) -> ServerSpec:
     rollout = config.rollout
     return ServerSpec(
         name=name,
         python=rollout.python or sys.executable,
         model=folder.path,
-        tp=rollout.tp,
+        tp=tp,
         dtype=config.student.dtype,
         device=platform.device.type,
         host=rollout.host,
@@ -101,28 +117,16 @@ def _spec(config: Config, platform: Platform, name: str, folder: HFFolder, argum
     )
 
 
-def _reach_servers(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet) -> Engines:
-    endpoints = servers.wait_until_ready(config.rollout.startup_timeout)
-
-    def engine(name: str, folder: HFFolder, *, frozen: bool) -> SGLangEngine:
-        return SGLangEngine(
-            [endpoint for server, endpoint in endpoints if server == name],
-            inputs.tokenizer,
-            context=folder.config.max_position_embeddings,
-            vocab_size=folder.config.vocab_size,
-            in_flight=config.rollout.max_batch_size,
-            timeout=config.rollout.request_timeout,
-            frozen=frozen,
-        )
-
-    student, teacher, weight_sync = None, None, None
-    if _samples(config):
-        student = engine(_STUDENT, inputs.student, frozen=False)
-        weight_sync = _sync(config, platform, trainer, student.endpoints)
-    if inputs.teachers and _teacher_writes(config):
-        own = {name: engine(_server_name(name), folder, frozen=True) for name, folder in inputs.teachers.items()}
-        teacher = RoutedEngine(own, inputs.teacher_stop_ids)
-    return Engines(student, teacher, weight_sync)
+def _served(config: Config, inputs: Inputs, endpoints: list[Endpoint], folder: HFFolder, *, frozen: bool) -> SGLangEngine:
+    return SGLangEngine(
+        endpoints,
+        inputs.tokenizer,
+        context=folder.config.max_position_embeddings,
+        vocab_size=folder.config.vocab_size,
+        in_flight=config.rollout.max_batch_size,
+        timeout=config.rollout.request_timeout,
+        frozen=frozen,
+    )
 
 
 def _sync(config: Config, platform: Platform, trainer: Trainer, endpoints: list[Endpoint]) -> WeightSync:

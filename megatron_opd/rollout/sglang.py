@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_opd.rollout.dispatch import Ask, dispatch
-from megatron_opd.sglang.client import Endpoint, Generated, generation
+from megatron_opd.sglang.client import Endpoint, Generated, generation, parse_generated
+from megatron_opd.sglang.dispatch import Ask, dispatch, remaining
 from megatron_opd.sglang.first_rank import on_first_rank
 from megatron_opd.types import OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer
 
@@ -52,9 +52,7 @@ class SGLangEngine:
         responses, lost = dispatch(
             asks, self.endpoints, in_flight=self._in_flight, timeout=self._timeout, progress=Progress(len(asks))
         )
-        self.endpoints = [each for each in self.endpoints if each.url not in lost]
-        for url, reason in lost.items():
-            print(f"megatron-opd: SGLang server {url} is lost ({reason}); the others take its requests", file=sys.stderr)
+        self.endpoints = remaining(self.endpoints, lost)
         for response in responses:
             if response.stopped and response.token_ids[-1] not in sampling.stop_ids:
                 raise OpdError(
@@ -63,7 +61,7 @@ class SGLangEngine:
                 )
         return [self._rollout(request, response) for request, response in zip(requests, responses, strict=True)]
 
-    def _ask(self, request: RolloutRequest, sampling: SamplingParams) -> Ask:
+    def _ask(self, request: RolloutRequest, sampling: SamplingParams) -> Ask[Generated]:
         prompt, length = request.prompt, len(request.prompt.token_ids)
         if not 0 < length < self._context:
             raise OpdError(f"prompt {prompt.uid}: {length} tokens, but the engine takes 1 to {self._context - 1}; drop it")
@@ -77,7 +75,7 @@ class SGLangEngine:
             )
         if excluded:
             body["sampling_params"]["logit_bias"] = {str(index): _NEVER for index in excluded}
-        return Ask(body, self._lengths.get(prompt.uid, new_tokens))
+        return Ask(body, self._lengths.get(prompt.uid, new_tokens), parse_generated)
 
     def _rollout(self, request: RolloutRequest, response: Generated) -> Rollout:
         self._lengths[request.prompt.uid] = len(response.token_ids)

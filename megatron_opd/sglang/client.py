@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +26,17 @@ class Endpoint:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
+def read_key(section: str, path: str) -> str:
+    """The API key in a text file, named by ``section`` of the config. Raises OpdError."""
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpdError(f"{section}: {path} cannot be read ({type(error).__name__}); give a text file with the key") from error
+    if not key:
+        raise OpdError(f"{section}: {path} is empty; write the servers' key into it, or remove {section}")
+    return key
+
+
 @dataclass(frozen=True)
 class Generated:
     """One response."""
@@ -33,6 +45,10 @@ class Generated:
     log_probs: tuple[float, ...]  # [R] nats
     stopped: bool
     versions: tuple[str, ...]  # of the weights that wrote it, in their order
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
 
 
 def generation(prompt: Sequence[int], sampling: SamplingParams, new_tokens: int, seed: int) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.data.tokenizers import load_tokenizer
-from megatron_opd.rollout.dispatch import Ask, dispatch
 from megatron_opd.rollout.sglang import SGLangEngine
-from megatron_opd.sglang.client import Client, Endpoint, EngineError, generation
+from megatron_opd.sglang.client import Client, Endpoint, EngineError, Generated, generation, parse_generated
+from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.server import Server, check_arguments
 from megatron_opd.types import OpdError, Prompt, Rollout, RolloutRequest, SamplingParams, Source
 from megatron_opd.weight_sync.collective import CollectiveSync
@@ -114,10 +114,10 @@ def test_log_probabilities_are_those_of_the_pushed_weights(
         assert torch.allclose(torch.tensor(rollout.log_probs, dtype=torch.float64), expected, atol=1e-4)
 
 
-def greedy(prompt: Sequence[int], new_tokens: int) -> Ask:
+def greedy(prompt: Sequence[int], new_tokens: int) -> Ask[Generated]:
     body = generation(prompt, SamplingParams(1.0, 1.0, new_tokens, (), 101), new_tokens, seed=1)
     body["sampling_params"] |= {"temperature": 0.0, "ignore_eos": True}
-    return Ask(body, expected=new_tokens)
+    return Ask(body, new_tokens, parse_generated)
 
 
 def test_greedy_tokens_are_those_of_transformers(pool: WorkerPool, model: Path, servers: list[Server]) -> None:

@@ -3,55 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import httpx
 
-from megatron_opd.sglang.client import Endpoint, EngineError, Generated, parse_generated
+from megatron_opd.sglang.client import Endpoint, EngineError
 
 _ATTEMPTS = 3  # of one request, whatever the engines
 
 
+class Answer(Protocol):
+    @property
+    def tokens(self) -> int:
+        """That it is about, for the progress."""
+        ...
+
+
+AnswerT = TypeVar("AnswerT", bound=Answer)
+
+
 @dataclass(frozen=True)
-class Ask:
+class Ask(Generic[AnswerT]):
     body: dict[str, Any]  # of /generate
     expected: float  # tokens
+    parse: Callable[[dict[str, Any], Endpoint], AnswerT]  # raises EngineError for an answer that is not whole
 
 
 def dispatch(
-    asks: Sequence[Ask],
+    asks: Sequence[Ask[AnswerT]],
     endpoints: Sequence[Endpoint],
     *,
     in_flight: int,
     timeout: float,
     progress: Callable[[int, int], None] = lambda done, tokens: None,
-) -> tuple[list[Generated], dict[str, str]]:
-    """The responses in the order of the requests, and why each lost engine was lost, by its URL.
+) -> tuple[list[AnswerT], dict[str, str]]:
+    """The answers in the order of the requests, and why each lost engine was lost, by its URL.
 
     A request is answered once or not at all: a lost engine's are asked again with their seeds. Raises EngineError where no
     engine is left, or a request failed on every one that tried.
 
     Args:
         in_flight: requests at each engine at once.
-        timeout: seconds for one response.
-        progress: called with responses and tokens so far after each response.
+        timeout: seconds for one answer.
+        progress: called with answers and tokens so far after each answer.
     """
     return asyncio.run(_dispatch(asks, endpoints, in_flight, timeout, progress))
 
 
+def remaining(endpoints: Sequence[Endpoint], lost: Mapping[str, str]) -> list[Endpoint]:
+    """Without those that :func:`dispatch` lost, which are named on stderr."""
+    for url, reason in lost.items():
+        print(f"megatron-opd: SGLang server {url} is lost ({reason}); the others take its requests", file=sys.stderr)
+    return [each for each in endpoints if each.url not in lost]
+
+
 async def _dispatch(
-    asks: Sequence[Ask],
+    asks: Sequence[Ask[AnswerT]],
     endpoints: Sequence[Endpoint],
     in_flight: int,
     timeout: float,
     progress: Callable[[int, int], None],
-) -> tuple[list[Generated], dict[str, str]]:
+) -> tuple[list[AnswerT], dict[str, str]]:
     waiting = deque(sorted(range(len(asks)), key=lambda place: -asks[place].expected))
     attempts = [0] * len(asks)
-    results: dict[int, Generated] = {}
+    results: dict[int, AnswerT] = {}
     lost: dict[str, str] = {}
     tokens = 0
 
@@ -76,7 +95,7 @@ async def _dispatch(
                 elif attempts[place] >= _ATTEMPTS:
                     raise EngineError(f"{error} ({_ATTEMPTS} attempts)") from error
             else:
-                tokens += len(results[place].token_ids)
+                tokens += results[place].tokens
                 progress(len(results), tokens)
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -97,13 +116,13 @@ async def _dispatch(
     return [results[place] for place in range(len(asks))], lost
 
 
-async def _generate(ask: Ask, endpoint: Endpoint, http: httpx.AsyncClient) -> Generated:
+async def _generate(ask: Ask[AnswerT], endpoint: Endpoint, http: httpx.AsyncClient) -> AnswerT:
     answer = await http.post("/generate", json=ask.body)
     if answer.is_error:
         raise EngineError(
             f"SGLang server {endpoint.url}: /generate: {answer.status_code} {' '.join(answer.text.split())[:300]}"
         )
-    return parse_generated(answer.json(), endpoint)
+    return ask.parse(answer.json(), endpoint)
 
 
 async def _healthy(endpoint: Endpoint, http: httpx.AsyncClient) -> bool:
