@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_opd.types import Aggregation, Objective, OffPolicyTerm, OpdError, OpdKind, SamplingParams
+from megatron_opd.types import SCORED_KINDS, Aggregation, Objective, OffPolicyTerm, OpdError, OpdKind, SamplingParams
 
 
 class _Section(BaseModel):
@@ -495,7 +495,7 @@ def _check_served_teacher(config: Config, key: str, teacher: TeacherConfig) -> N
             "loss.opd: topk_reverse_kl takes the student's likeliest tokens, other ones at each position, but "
             f"{key}.backend=sglang scores one list of ids for a whole response; {remedy} or loss.opd=topk_forward_kl"
         )
-    if loss.opd not in ("sampled", "topk_forward_kl", "local_support"):
+    if loss.opd not in SCORED_KINDS:
         raise OpdError(
             f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but {key}.backend=sglang gives scores only; "
             f"{remedy} or loss.opd=sampled"

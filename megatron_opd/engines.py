@@ -45,8 +45,8 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
         specs += [spec] * config.rollout.engines
     for name, teacher in config.sglang_teachers.items():
         if not teacher.urls:
-            served = teacher.backend == "sglang" and teacher.parallel is not None
-            tp = teacher.parallel.tp if served and teacher.parallel is not None else config.rollout.tp
+            own = teacher.parallel if teacher.backend == "sglang" else None
+            tp = config.rollout.tp if own is None else own.tp
             specs.append(_spec(config, platform, _server_name(name), inputs.teachers[name], tp, native))
     return Fleet(specs) if specs else None
 

@@ -164,6 +164,7 @@ OpdKind = Literal[
     "topk_forward_kl",
     "local_support",
 ]
+SCORED_KINDS: tuple[OpdKind, ...] = ("sampled", "topk_forward_kl", "local_support")  # for which TokenScores are enough
 Aggregation = Literal["token", "response"]
 OffPolicyTerm = Literal["cross_entropy", "divergence"]
 

@@ -16,9 +16,7 @@ from megatron_opd.losses.rows import Tokens, TokenValues
 from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.losses.vocab_parallel import full_vocabulary_term, statistics_dtype
-from megatron_opd.types import LossOutput, LossTerms, Objective, OpdKind, PackedBatch, TokenScores
-
-SCORED_KINDS: tuple[OpdKind, ...] = ("sampled", "topk_forward_kl", "local_support")  # for which TokenScores are enough
+from megatron_opd.types import SCORED_KINDS, LossOutput, LossTerms, Objective, PackedBatch, TokenScores
 
 
 def distillation_loss(

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opd.losses.objective import SCORED_KINDS
-from megatron_opd.types import Objective, OpdKind, TokenScores
+from megatron_opd.types import SCORED_KINDS, Objective, OpdKind, TokenScores
 from tests.losses.problems import (
     STOP_IDS,
     VOCABS,
