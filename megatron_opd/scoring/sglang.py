@@ -19,6 +19,8 @@ from megatron_opd.sglang.first_rank import on_first_rank
 from megatron_opd.sglang.scores import Scored, check_informed, scoring
 from megatron_opd.types import FrozenScores, Objective, PackedBatch, TokenScores
 
+_NEGLIGIBLE = 1e-6  # mass that changes log-probabilities by less than fp32 shows
+
 
 @dataclass(frozen=True)
 class _Response:
@@ -33,7 +35,8 @@ class _Response:
 class SGLangScorer:
     """A :class:`~megatron_opd.types.Scorer` that gives :class:`~megatron_opd.types.TokenScores`.
 
-    Over the ids that all models have: ids beyond are asked for with every token, and their mass is taken out.
+    Over the ids that all models have. The teacher's rows beyond belong to no token, so training leaves them next to no mass:
+    only where :meth:`verify` sees some are they asked for with every token, and their mass taken out.
 
     Args:
         endpoints: of the teacher's servers, on the first rank.
@@ -64,7 +67,6 @@ class SGLangScorer:
         self._unshared = tuple(range(vocab_size, teacher_vocab_size))
         # A merged stop class stands aside from the k, and so do ids that the student lacks: that many more are asked for.
         self._width = objective.k + len(stop_ids) if objective.opd in TOP_K_KINDS else 0
-        self._top = min(self._width + len(self._unshared), teacher_vocab_size) if self._width else 0
 
     def on_device(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -75,13 +77,18 @@ class SGLangScorer:
         Collective over the world. Raises OpdError that names the server.
         """
 
-        def probe() -> None:
+        def probe() -> float:
+            mass = 0.0  # the largest, of all rows that the student lacks
             for endpoint in self.endpoints:
                 asks = [self._ask(list(sequence), 1) for sequence in sequences]
                 answers, _ = dispatch(asks, [endpoint], in_flight=self._in_flight, timeout=self._timeout)
                 check_informed(answers, self._rows)
+                for answer in answers:
+                    mass = max(mass, float(answer.given[:, len(self._stop_ids) :].exp().sum(1).max()))
+            return mass
 
-        on_first_rank(probe)
+        if on_first_rank(probe) < _NEGLIGIBLE:
+            self._unshared = ()
 
     def score(self, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
         """Raises OpdError, on every rank: no server is left, or one answers as without weights."""
@@ -111,7 +118,8 @@ class SGLangScorer:
             yield _Response(number, first, token_ids, first + 1 - start)
 
     def _ask(self, token_ids: list[int], first: int) -> Ask[Scored]:
-        return scoring(token_ids, first, (*self._stop_ids, *self._unshared), self._top)
+        top = min(self._width + len(self._unshared), self._rows) if self._width else 0
+        return scoring(token_ids, first, (*self._stop_ids, *self._unshared), top)
 
     def _request(self, responses: Sequence[_Response]) -> list[TokenScores]:
         """For each of the responses; on the first rank."""
@@ -134,7 +142,7 @@ class SGLangScorer:
         if not self._width:
             return scores
         known = (answer.top_log_probs - log_mass[:, None]).masked_fill(answer.top_ids >= self._vocab_size, -torch.inf)
-        top = known.topk(min(self._width, self._top), 1)  # [R, <= width]
+        top = known.topk(min(self._width, known.shape[1]), 1)  # [R, <= width]
         missing = self._width - top.values.shape[1]
         top_log_probs = torch.nn.functional.pad(top.values, (0, missing), value=-torch.inf).float()
         ids = answer.top_ids.gather(1, top.indices)

@@ -86,7 +86,6 @@ def test_teacher_behind_servers_takes_nothing_of_the_ranks(big: Path, capsys: py
     served = ["teacher.backend=sglang", "teacher.urls=[http://10.0.0.7:30000]", "loss.opd=topk_forward_kl"]
     here = check(capsys, big, "--gpus", "64", "--memory", "200GB", "loss.opd=topk_forward_kl")[1]
     there = check(capsys, big, "--gpus", "64", "--memory", "200GB", *served)[1]
-    assert "teacher" in here and "teacher" not in there
     assert peak(here) - peak(there) > 70.55e9 * 2 / 32 / 2**30  # GiB: its share of the weights, bf16, tp8 x pp4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import math
 from typing import Any
@@ -63,13 +64,30 @@ def test_whole_answer_is_read_from_the_first_scored_token_on() -> None:
     assert alone.given.shape == alone.top_ids.shape == alone.top_log_probs.shape == (4, 0)
 
 
+def test_likeliest_tokens_as_arrays_are_those_of_the_entries() -> None:
+    scored = ASK.parse(ANSWER, Endpoint(SERVER))
+    answer = copy.deepcopy(ANSWER)
+    del answer["meta_info"]["input_top_logprobs"]
+    answer["meta_info"] |= {
+        "input_top_logprobs_val_flat_b64": base64.b64encode(scored.top_log_probs.float().numpy().tobytes()).decode(),
+        "input_top_logprobs_idx_flat_b64": base64.b64encode(scored.top_ids.int().numpy().tobytes()).decode(),
+        "input_top_logprobs_shape": [4, 2],
+    }
+    arrays = ASK.parse(answer, Endpoint(SERVER))
+    assert torch.equal(arrays.top_ids, scored.top_ids)
+    assert torch.allclose(arrays.top_log_probs, scored.top_log_probs)
+    answer["meta_info"]["input_top_logprobs_shape"] = [3, 2]
+    with pytest.raises(EngineError, match="without whole log-probabilities"):
+        ASK.parse(answer, Endpoint(SERVER))
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (changed("input_token_logprobs", 2, 1, value=32), "about other tokens than the 4"),
         (changed("input_token_ids_logprobs", 2, 1, 1, value=45), "about other tokens"),
         (changed("input_top_logprobs", 3, value=[[-0.43, 85, None]]), "without whole log-probabilities"),
-        (changed("input_token_logprobs", 2, 0, value=None), "without whole log-probabilities"),
+        (changed("input_token_logprobs", 2, 0, value=None), "not finite"),
         (changed("input_token_logprobs", 2, 0, value=float("nan")), "not finite"),
         (changed("input_top_logprobs", 4, value=None), "without whole log-probabilities"),
         ({"meta_info": {"finish_reason": {"type": "abort", "message": "too long"}}}, "ended with .*too long"),
