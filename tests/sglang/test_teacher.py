@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_opd.config import ParallelConfig
 from megatron_opd.data.packing import Multiples, context_positions, pack
 from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.scoring import sglang
 from megatron_opd.scoring.sglang import SGLangScorer
 from megatron_opd.sglang.client import Endpoint
 from megatron_opd.sglang.server import Server, free_port
@@ -112,12 +113,12 @@ def score(
     return (served.layout.dp_rank, served.layout.cp_rank), served.score(micro_batches(parallel))
 
 
-def distribution(model: Any, batch: PackedBatch) -> Tensor:
-    """[T, SHARED] nats, by transformers in fp64, sequence by sequence."""
-    log_q = torch.zeros(batch.num_tokens, SHARED, dtype=torch.float64)
+def distribution(model: Any, batch: PackedBatch, ids: int = SHARED) -> Tensor:
+    """[T, ids] nats, by transformers in fp64, sequence by sequence."""
+    log_q = torch.zeros(batch.num_tokens, ids, dtype=torch.float64)
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         with torch.no_grad():
-            log_q[start:end] = model(batch.tokens[None, start:end]).logits[0, :, :SHARED].log_softmax(-1)
+            log_q[start:end] = model(batch.tokens[None, start:end]).logits[0, :, :ids].log_softmax(-1)
     return log_q
 
 
@@ -176,6 +177,32 @@ def test_scores_are_those_of_transformers(
 
 def _gap(ours: Tensor, truth: Tensor) -> float:
     return float((ours - truth).abs().max()) if len(truth) else 0.0
+
+
+def score_as_if_unshared_rows_had_no_mass(endpoints: Sequence[Endpoint]) -> list[FrozenScores]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sglang, "_NEGLIGIBLE", 1.0)
+        return score(ParallelConfig(dp=1), endpoints, objective("local_support", "cross_entropy"))[1]
+
+
+def test_rows_without_mass_are_not_asked_for(pool: WorkerPool, inputs: tuple[Path, dict[str, Any]], endpoint: Endpoint) -> None:
+    """The log-probabilities are then those over all of the teacher's rows; its own ids among the likeliest do not count."""
+    model: Any = AutoModelForCausalLM.from_pretrained(inputs[0] / "teacher", dtype=torch.float64)
+    (everywhere,) = pool.run(1, score_as_if_unshared_rows_had_no_mass, [endpoint])
+    (share,) = micro_batches(ParallelConfig(dp=1))
+    dropped = 0
+    for batch, given in zip(share, everywhere, strict=True):
+        wanted = (batch.rollout_weights > 0).nonzero().flatten()
+        log_q = distribution(model, batch, ids=ROWS)[wanted]
+        assert given.tokens is not None
+        ours = given.tokens.at(wanted)
+        assert ours.top_ids is not None and ours.top_log_probs is not None
+        assert _gap(ours.log_probs, log_q.gather(1, batch.labels[wanted, None]).squeeze(1)) < TOLERANCE
+        known = ours.top_log_probs.isfinite()
+        dropped += int((~known).sum())
+        assert int(ours.top_ids.max()) < SHARED
+        assert _gap(ours.top_log_probs[known], log_q.gather(1, ours.top_ids)[known]) < TOLERANCE
+    assert dropped > 0
 
 
 def lose_all_but_one(endpoints: Sequence[Endpoint]) -> tuple[list[str], bool, str]:
