@@ -53,7 +53,7 @@ def scoring(token_ids: Sequence[int], first: int, ids: Sequence[int], top: int) 
         "return_logprob": True,
         "logprob_start_len": first - 1,  # its own entry is empty
         "top_logprobs_num": top,
-        # As two arrays: at k = 32 a tenth of the bytes and of the time that JSON's numbers take.
+        # As two arrays: a third of the bytes that JSON's numbers take.
         "return_flat_raw_top_logprobs": top > 0,
         "return_flat_raw_top_logprobs_b64": top > 0,
         **({"token_ids_logprob": list(ids)} if ids else {}),
