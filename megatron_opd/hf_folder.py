@@ -79,7 +79,12 @@ class HFFolder:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name → shape, from the files' headers alone."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        return {name: shape for name, (shape, _) in self.headers.items()}
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Tensor name → shape, and dtype as safetensors spells it (``BF16``)."""
+        headers: dict[str, tuple[tuple[int, ...], str]] = {}
         by_file: dict[Path, list[str]] = {}
         for name, file in self.files.items():
             by_file.setdefault(file, []).append(name)
@@ -89,8 +94,9 @@ class HFFolder:
             for name in names:
                 if name not in present:
                     raise OpdError(f"{file}: tensor {name} is listed in {INDEX} but not there; download the shard again")
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
-        return shapes
+                view = handle.get_slice(name)
+                headers[name] = (tuple(view.get_shape()), view.get_dtype())
+        return headers
 
     def check_files(self) -> None:
         """All tensors that the files promise are there. Raises OpdError."""

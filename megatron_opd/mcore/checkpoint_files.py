@@ -198,7 +198,7 @@ class CheckpointWrite:
     def _commit(self, files: Files) -> None:
         """By the first rank: what the writing processes did not write is small."""
         rest = [path for path in _files(self.partial) if str(path.relative_to(self.partial)) not in files]
-        listed = {**files, **_list_files(rest, self.partial, to_disk=True)}
+        listed = {**files, **list_files(rest, self.partial, to_disk=True)}
         _write_durably(
             self.partial / STATE, json.dumps({**self.content, "files": dict(sorted(listed.items()))}, indent=2) + "\n"
         )
@@ -235,7 +235,7 @@ def _write_and_list(
     gc.disable()  # collecting what the trainer owns would reach for its GPU
     try:
         files, result = write()
-        results.send((_list_files(files, folder, to_disk=True), result, None))
+        results.send((list_files(files, folder, to_disk=True), result, None))
     except Exception as error:
         results.send(({}, None, root_cause(error)))
 
@@ -283,7 +283,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE)
 
 
-def _list_files(files: Iterable[Path], folder: Path, *, to_disk: bool) -> Files:
+def list_files(files: Iterable[Path], folder: Path, *, to_disk: bool) -> Files:
+    """``to_disk``: wait until their content is there."""
     listed = {}
     for file in files:
         digest = hashlib.blake2b(digest_size=16)
@@ -316,7 +317,7 @@ def _wrong_content(path: Path) -> str | None:
     expected = read_state(path).get("files", {})
     share = _files(path)[dist.get_rank() :: dist.get_world_size()]
     try:
-        parts = _together(lambda: _list_files(share, path, to_disk=False))
+        parts = _together(lambda: list_files(share, path, to_disk=False))
     except SaveFailed as error:
         return f"cannot be read ({error})"
     found = {name: entry for part in parts for name, entry in part.items()}

@@ -150,10 +150,15 @@ def check_weights(path: Path, spec: ModelSpec, key: str) -> None:
         raise OpdError(f"{key}: {path} has no tensor {LM_HEAD.megatron}, and config.json does not tie the embeddings")
 
 
+def content_metadata(path: Path) -> dict[str, object]:
+    """What decided the names of the tensors when it was saved; empty where nothing did."""
+    return dist_checkpointing.load_content_metadata(str(path)) or {}
+
+
 def load_megatron_lm(chunks: Sequence[HiddenStateModel], path: Path, key: str) -> None:
     """Weights alone, from whatever layout they were saved in. Collective over the world. Raises OpdError."""
-    metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
-    wanted = {f"model{number}": _sharded_weights(chunk, metadata) for number, chunk in enumerate(chunks)}
+    metadata = content_metadata(path)
+    wanted = {f"model{number}": sharded_weights(chunk, metadata) for number, chunk in enumerate(chunks)}
     try:
         loaded = dist_checkpointing.load(wanted, str(path))
         for number, chunk in enumerate(chunks):
@@ -176,13 +181,18 @@ def load_head(path: Path, spec: ModelSpec, rank: int, ranks: int, rows: int, dty
     return loaded
 
 
-def _sharded_weights(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[str, object]:
+def sharded_weights(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[str, object]:
     """What to load. The state of Transformer Engine's FP8 scaling is made anew."""
+    return {name: value for name, value in sharded_state(chunk, metadata).items() if not name.endswith("_extra_state")}
+
+
+def sharded_state(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[str, object]:
+    """All that Megatron-LM saves and asks for. ``metadata``: the checkpoint's own, which decides names."""
     own_replicas = {**metadata, "dp_cp_group": chunk.pg_collection.dp_cp}  # Megatron's default is the student's group
     has_head = not chunk.post_process or chunk.output_layer is not None
     # GPTModel's own method ties or pads the head, and fails where a frozen model has none.
-    state = (type(chunk) if has_head else MegatronModule).sharded_state_dict(chunk, metadata=own_replicas)
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    state: dict[str, object] = (type(chunk) if has_head else MegatronModule).sharded_state_dict(chunk, metadata=own_replicas)
+    return state
 
 
 def _sizes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,245 @@
+"""Bad input: one line that names file, value and remedy, exit code 2, and nothing where the target would have been."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron_opd.conversion import target as target_module
+from tests.conversion.folders import convert, edit_config, edit_weights, identical, make, tensors
+from tests.tiny_models import make_model
+
+NORM = "model__norm__weight"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model``, sharded ``shards``, and ``megatron`` made of the model."""
+    folder = tmp_path_factory.mktemp("good")
+    make(folder / "model")
+    make_model(folder / "shards", "qwen3", max_shard_size="30KB")
+    assert convert("to-megatron", folder / "model", folder / "megatron") == 0
+    return folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line, after checking that it is one and that the target is not there."""
+    capsys.readouterr()
+    assert convert(*arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("convert: ") and len([line for line in error if line.startswith("convert: ")]) == 1
+    assert len(error) == 1 or all("GB" in line for line in error[:-1])  # progress
+    return error[-1]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+class Case(NamedTuple):
+    change: Callable[[Path], object]
+    words: tuple[str, ...]
+
+
+HF_CASES = {
+    "truncated shard": Case(
+        lambda folder: truncate(folder / "shards" / "model-00002-of-00006.safetensors"),
+        ("model-00002-of-00006.safetensors", "truncated", "download"),
+    ),
+    "missing shard": Case(
+        lambda folder: (folder / "shards" / "model-00003-of-00006.safetensors").unlink(),
+        ("model-00003-of-00006.safetensors", "missing", "download"),
+    ),
+    "renamed shard": Case(
+        lambda folder: (folder / "shards" / "model-00003-of-00006.safetensors").rename(folder / "shards" / "b.safetensors"),
+        ("model-00003-of-00006.safetensors", "missing", "download"),
+    ),
+    "index that names a tensor in the wrong shard": Case(
+        lambda folder: swap_shards(folder / "shards"), ("is listed in model.safetensors.index.json but not there", "download")
+    ),
+    "no config": Case(lambda folder: (folder / "shards" / "config.json").unlink(), ("config.json", "cannot be read", "give")),
+    "config of another architecture": Case(
+        lambda folder: edit_config(folder / "shards", architectures=["GPT2LMHeadModel"]), ("GPT2LMHeadModel", "supported")
+    ),
+    "config with more layers": Case(
+        lambda folder: edit_config(folder / "shards", num_hidden_layers=3, layer_types=None),
+        ("model.layers.2.", "and 3 more missing", "use the config.json that belongs to these weights"),
+    ),
+    "config with fewer layers": Case(
+        lambda folder: edit_config(folder / "shards", num_hidden_layers=1, layer_types=None),
+        ("model.layers.1.", "unexpected", "use the config.json"),
+    ),
+    "config with another vocabulary": Case(
+        lambda folder: edit_config(folder / "shards", vocab_size=102), ("[101, 32]", "[102, 32]", "use the config.json")
+    ),
+    "config with other heads": Case(
+        lambda folder: edit_config(folder / "shards", num_attention_heads=8), ("q_proj", "shape", "use the config.json")
+    ),
+    "config that ties what is not tied": Case(
+        lambda folder: edit_config(folder / "shards", tie_word_embeddings=True),
+        ("tie_word_embeddings", "lm_head.weight differs from", "set it to false"),
+    ),
+}
+
+
+def swap_shards(folder: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00006.safetensors"
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("case", HF_CASES)
+def test_hugging_face_folder_with_a_fault_is_refused(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    shutil.copytree(good / "shards", tmp_path / "shards")
+    HF_CASES[case].change(tmp_path)
+    line = refusal(capsys, "to-megatron", tmp_path / "shards", tmp_path / "out")
+    assert all(word in line for word in HF_CASES[case].words), line
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({NORM: None}, ("model.norm.weight missing",)),
+        ({"model__nrm__weight": torch.ones(32), NORM: None}, ("model.norm.weight missing", "model.nrm.weight unexpected")),
+        ({NORM: torch.ones(32, dtype=torch.int8)}, ("model.safetensors: model.norm.weight", "I8", "supported are F64")),
+        (
+            {"model__layers__0__self_attn__q_proj__weight": torch.ones(64, 32, dtype=torch.bfloat16)},
+            ("layers.0.self_attn.q_proj.weight", "several dtypes", "--dtype"),
+        ),
+        ({"model__layers__1__input_layernorm__weight": torch.ones(32).half()}, ("layers.1.input_layernorm", "--dtype")),
+    ],
+    ids=["missing", "renamed", "integer", "mixed in one parameter", "mixed over layers"],
+)
+def test_tensors_that_do_not_fit_are_listed(
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, torch.Tensor | None],
+    words: tuple[str, ...],
+) -> None:
+    shutil.copytree(good / "model", tmp_path / "model")
+    edit_weights(tmp_path / "model", **changed)
+    line = refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+MEGATRON_CASES = {
+    "truncated file": Case(lambda folder: truncate(folder / "release" / "__0_0.distcp"), ("__0_0.distcp", "truncated", "copy")),
+    "missing file": Case(lambda folder: (folder / "release" / "__0_0.distcp").unlink(), ("__0_0.distcp", "missing", "copy")),
+    "truncated index": Case(lambda folder: truncate(folder / "release" / ".metadata"), (".metadata", "cannot be read", "copy")),
+    "no tensors at all": Case(
+        lambda folder: shutil.rmtree(folder / "release"), ("metadata.json", "not a torch_dist checkpoint")
+    ),
+    "no config": Case(lambda folder: shutil.rmtree(folder / "hf"), ("config.json", "--hf")),
+    "config with more layers": Case(
+        lambda folder: edit_config(folder / "hf", num_hidden_layers=3, layer_types=None), ("2 layers", "config.json 3")
+    ),
+    "config with other sizes": Case(
+        lambda folder: edit_config(folder / "hf", intermediate_size=64), ("linear_fc1.weight", "192", "128", "give")
+    ),
+    "config of a larger vocabulary": Case(
+        lambda folder: edit_config(folder / "hf", vocab_size=129), ("128 vocabulary rows", "129")
+    ),
+    "config of a family without these norms": Case(
+        lambda folder: edit_config(folder / "hf", architectures=["LlamaForCausalLM"], model_type="llama"),
+        ("q_layernorm.weight", "unexpected", "give"),
+    ),
+    "config that ties what is not tied": Case(
+        lambda folder: edit_config(folder / "hf", tie_word_embeddings=True), ("output_layer.weight unexpected", "give")
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEGATRON_CASES)
+def test_checkpoint_with_a_fault_is_refused(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    shutil.copytree(good / "megatron", tmp_path / "megatron")
+    MEGATRON_CASES[case].change(tmp_path / "megatron")
+    line = refusal(capsys, "to-hf", tmp_path / "megatron", tmp_path / "out")
+    assert all(word in line for word in MEGATRON_CASES[case].words), line
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tp", 3], ("num_attention_heads=4", "tp=3", "choose")),
+        (["--ep", 2], ("ep: 2", "no experts", "set ep=1")),
+        (["--pp", 0], ("--pp: 0",)),
+        (["--shard-gb", 0], ("--shard-gb: 0",)),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[object], words: tuple[str, ...]
+) -> None:
+    line = refusal(capsys, "to-megatron", good / "model", tmp_path / "out", *arguments)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("command", ["to-megatron", "to-hf"])
+def test_target_that_holds_something_is_left_alone(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    source = good / ("model" if command == "to-megatron" else "megatron")
+    assert "exists and is not empty" in refusal(capsys, command, source, out)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("mine", "kept")]
+
+
+@pytest.mark.parametrize("command", ["to-megatron", "to-hf"])
+def test_disk_is_asked_before_anything_is_written(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(target_module.shutil, "disk_usage", lambda _: usage)
+    source = good / ("model" if command == "to-megatron" else "megatron")
+    assert "GB free; make room" in refusal(capsys, command, source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Writing more is an OSError, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("command", ["to-megatron", "to-hf"])
+def test_write_that_fails_midway_leaves_nothing(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source = good / ("model" if command == "to-megatron" else "megatron")
+    with largest_file(50_000):
+        line = refusal(capsys, command, source, tmp_path / "out")
+    assert "out: cannot be written (File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_remains_of_a_killed_conversion_are_in_nobodys_way(good: Path, tmp_path: Path) -> None:
+    remains = tmp_path / ".out.partial"
+    remains.mkdir()
+    (remains / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    assert convert("to-hf", good / "megatron", tmp_path / "out") == 0
+    assert identical(tensors(good / "model"), tensors(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,96 @@
+"""``python tools/convert.py to-megatron|to-hf|verify SRC DST``: Hugging Face folders to Megatron-LM checkpoints and back.
+
+Bit for bit; memory holds one parameter and one file's tensors, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.types import OpdError
+
+_SHOWN = 20  # differences
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: done, or equal; 1: ``verify`` found differences; 2: bad input, one line on stderr."""
+    options = _parser().parse_args(arguments)
+    # Megatron's modules are built without memory, on CPU, with patches that must not meet a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        return _run(options)
+    except OpdError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("to-megatron", "SRC: a Hugging Face folder; DST: a new checkpoint folder of Megatron-LM"),
+        ("to-hf", "SRC: a torch_dist checkpoint of Megatron-LM or of a run; DST: a new Hugging Face folder"),
+        ("verify", "whether SRC and DST, in either form, are the same model bit for bit"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("source", metavar="SRC", type=Path)
+        command.add_argument("target", metavar="DST", type=Path)
+        if name != "to-megatron":
+            command.add_argument("--hf", type=Path, metavar="DIR", help="config.json and tokenizer, where SRC brings none")
+        if name != "verify":
+            command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as SRC has it")
+            command.add_argument("--shard-gb", type=float, default=5.0, metavar="5", help="largest file, in GB")
+    for axis in ("tp", "pp", "ep"):
+        commands.choices["to-megatron"].add_argument(f"--{axis}", type=int, default=1, help="layout to prepare for")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Imported late: torch must not see a GPU.
+    import torch
+
+    from megatron_opd.conversion.convert import to_hf, to_megatron
+    from megatron_opd.conversion.progress import Progress
+    from megatron_opd.conversion.verify import differences
+
+    def start(total: int) -> Callable[[int], None]:
+        return Progress(options.command, total, sys.stderr).add
+
+    for path in (options.source, *([options.target] if options.command == "verify" else [])):
+        if not path.is_dir():
+            raise OpdError(f"{path}: no such folder; give a Hugging Face folder or a torch_dist checkpoint")
+    if options.command == "verify":
+        found = list(differences(options.source, options.target, options.hf, start))
+        for line in found[:_SHOWN]:
+            print(line)
+        print(f"{len(found)} differences" if found else "equal, bit for bit")
+        return 1 if found else 0
+    dtype = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}.get(options.dtype)
+    shard_bytes = int(options.shard_gb * 1e9)
+    if shard_bytes <= 0:
+        raise OpdError(f"--shard-gb: {options.shard_gb} is not positive; give the size of the largest file in GB")
+    if options.command == "to-hf":
+        to_hf(options.source, options.target, options.hf, dtype, shard_bytes, start)
+    else:
+        to_megatron(options.source, options.target, _layout(options), dtype, shard_bytes, start)
+    return 0
+
+
+def _layout(options: argparse.Namespace) -> ParallelConfig:
+    for axis in ("tp", "pp", "ep"):
+        if vars(options)[axis] < 1:
+            raise OpdError(f"--{axis}: {vars(options)[axis]} is not positive; give the size of that axis")
+    return ParallelConfig(tp=options.tp, pp=options.pp, ep=options.ep, sequence_parallel=options.tp > 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
