@@ -123,9 +123,10 @@ class Ipc:
             assert found == name
             if self._neighbour is not None:
                 flat = self._buffers[number % _BUFFERS].flat
-                part = bucket[self._neighbour.rank].write(name, full, flat)
-                if check and part is not None:
-                    digests.append(digest(part))
+                parcel = bucket[self._neighbour.rank]
+                parcel.write(name, full, flat)
+                if check and (own := parcel.cut(name, full)) is not None:
+                    digests.append(digest(own))
         synchronize(self._trainer.device)
         return digests
 

@@ -39,13 +39,15 @@ class Parcel:
             start += piece.nbytes
         return places
 
-    def write(self, name: str, full: Tensor, flat: Tensor) -> Tensor | None:
-        """This rank's piece of the tensor ``name`` into ``flat`` [nbytes] uint8; None where it keeps nothing of it."""
-        if name not in self._places:
-            return None
-        piece, start = self._places[name]
-        own = flat[start : start + piece.nbytes].view(piece.tensor.dtype).view(piece.shape)
-        return own.copy_(piece.cut(full))
+    def cut(self, name: str, full: Tensor) -> Tensor | None:
+        """What this rank keeps of the tensor ``name``, a view of ``full``; None where that is nothing."""
+        return self._places[name][0].cut(full) if name in self._places else None
+
+    def write(self, name: str, full: Tensor, flat: Tensor) -> None:
+        """Copy that to its place in ``flat`` [nbytes] uint8."""
+        if name in self._places:
+            piece, start = self._places[name]
+            flat[start : start + piece.nbytes].view(piece.tensor.dtype).view(piece.shape).copy_(piece.cut(full))
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,18 @@ class Plan:
         }
 
 
-def make_plan(streams: Sequence[Sequence[TensorInfo]], members: Members, dims: Dimensions, bucket_bytes: int) -> Plan:
+def make_plan(
+    streams: Sequence[Sequence[TensorInfo]],
+    members: Members,
+    dims: Dimensions,
+    bucket_bytes: int,
+    alone_from: int | None = None,
+) -> Plan:
     """Ask the engines what they have, and cut each sender's stream for it.
+
+    Args:
+        bucket_bytes: of the tensors that go together, at most; a larger one goes by itself.
+        alone_from: bytes from which a tensor goes by itself in any case.
 
     Raises EngineError where an engine does not answer, or has other parameters than the first one.
     """
@@ -89,21 +101,23 @@ def make_plan(streams: Sequence[Sequence[TensorInfo]], members: Members, dims: D
         return Parcel(tuple(tensor.name for tensor in bucket), tuple(piece for piece in pieces if piece.nbytes))
 
     ranks = range(members.tp)
-    parcels = [[[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes)] for stream in streams]
+    parcels = [
+        [[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes, alone_from)] for stream in streams
+    ]
     plan = Plan(parcels, [], sum(size for each in first for _, size in each.values()) / len(first))
     return Plan(parcels, [list(unsent(plan.pieces(rank), shapes[rank])) for rank in ranks], plan.kept)
 
 
-def buckets(tensors: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Consecutive tensors of at most ``limit`` bytes together, or one that is larger."""
+def buckets(tensors: Iterable[TensorInfo], limit: int, alone_from: int | None = None) -> list[list[TensorInfo]]:
+    """Consecutive tensors of at most ``limit`` bytes together; one that is larger, or has ``alone_from`` bytes, by itself."""
     found: list[list[TensorInfo]] = []
-    size = 0
+    room = 0
     for tensor in tensors:
-        if not found or size + tensor.nbytes > limit:
+        if tensor.nbytes > room or (alone_from is not None and tensor.nbytes >= alone_from):
             found.append([])
-            size = 0
+            room = limit
         found[-1].append(tensor)
-        size += tensor.nbytes
+        room = 0 if alone_from is not None and tensor.nbytes >= alone_from else room - tensor.nbytes
     return found
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 ABORT = "abort"  # key: somebody failed, nobody shall wait any longer
 _POLL_SECONDS, _ABORT_SECONDS = 0.0002, 0.5  # between looks at a transfer, and at the key above
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-_IN_FLIGHT = 2  # buckets of each sender
+_IN_FLIGHT = 4  # buckets of each sender
 _CHUNK = 1 << 22  # elements of a digest's step
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so a product tells each place from the others
 
@@ -119,24 +119,36 @@ class Receiver:
         return {"bytes": received, "digests": list(self._digests()) if order["digests"] else None}
 
     def _load_from(self, group: Any, buckets: Sequence[dict[str, Any]]) -> int:
-        """One sender's buckets; the next one comes in while this one is put in its place."""
+        """One sender's buckets, several under way at once."""
         received = 0
-        waiting: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
-        largest = max((bucket["bytes"] for bucket in buckets), default=0)
-        buffers = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(_IN_FLIGHT)]
-        for number, bucket in enumerate(buckets):
+        waiting: deque[tuple[dict[str, Any], Tensor | None, Any]] = deque()
+        for bucket in buckets:
+            if not bucket["bytes"]:
+                continue
             if len(waiting) == _IN_FLIGHT:
                 self._put_when_here(*waiting.popleft())
-            flat = buffers[number % _IN_FLIGHT][: bucket["bytes"]]
-            waiting.append((bucket, flat, group.broadcast([flat])))
+            memory = self._memory_of(bucket)
+            flat = torch.empty(bucket["bytes"], dtype=torch.uint8, device=self._device) if memory is None else None
+            waiting.append((bucket, flat, group.broadcast([memory if flat is None else flat])))
             received += bucket["bytes"]
         for each in waiting:
             self._put_when_here(*each)
         return received
 
-    def _put_when_here(self, bucket: dict[str, Any], flat: Tensor, work: Any) -> None:
+    def _memory_of(self, bucket: dict[str, Any]) -> Tensor | None:
+        """[bytes] uint8: where a bucket of one piece belongs, if that is one stretch of memory."""
+        if len(bucket["pieces"]) > 1 or bucket["pieces"][0]["target"] is None:
+            return None
+        (piece,) = bucket["pieces"]
+        target = self._target(piece)
+        if not target.is_contiguous() or str(target.dtype) != f"torch.{piece['dtype']}":
+            return None
+        return target.view(-1).view(torch.uint8)
+
+    def _put_when_here(self, bucket: dict[str, Any], flat: Tensor | None, work: Any) -> None:
         finish([work], self._store, self._timeout)
-        self._put(bucket, flat)
+        if flat is not None:
+            self._put(bucket, flat)
 
     def _place(self, order: dict[str, Any], data: Sequence[Tensor]) -> dict[str, Any]:
         """A bucket that lies in memory which the trainer shares: a file on CPU, a CUDA IPC handle on GPU."""
