@@ -124,7 +124,9 @@ class _Dispatch(Generic[AnswerT]):
                 if not self.engines and not (self.roster and self.roster.awaits_one_that_serves()):
                     reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
                     model = f" of the {self.roster.model}" if self.roster else ""
-                    raise EngineError(f"SGLang: no engine{model} is left ({reasons or 'none was given'})")
+                    raise EngineError(
+                        f"SGLang: no engine{model} is left ({reasons or 'none was given'}); see their logs, and start again from the last checkpoint"
+                    )
                 self._assign()
                 try:
                     async with asyncio.timeout(_POLL_SECONDS):
