@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_opd.types import Aggregation, Objective, OffPolicyTerm, OpdError, OpdKind, SamplingParams
+from megatron_opd.types import SCORED_KINDS, Aggregation, Objective, OffPolicyTerm, OpdError, OpdKind, SamplingParams
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
@@ -77,7 +77,10 @@ class TeacherConfig(_Section):
     backend: Literal["megatron", "sglang"] = "megatron"  # megatron: full vocabulary; sglang: scores of given tokens only
     model: str
     load: str | None = None  # a checkpoint of Megatron-LM; its weights in place of those in `model`
-    parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
+    urls: list[str] = []  # sglang: of running servers, all with this model; none: the run starts one
+    api_key_file: str | None = None  # of the servers at urls: a text file
+    # On the same ranks; null: the student's. sglang: tp alone, of the server; null: rollout.tp.
+    parallel: ParallelConfig | None = None
     offload: bool = False  # the weights wait in host memory while the model does not score
 
 
@@ -236,18 +239,36 @@ class Config(_Section):
         return {"": self.teacher} if self.teacher is not None else self.teachers
 
     @property
+    def served_teachers(self) -> dict[str, TeacherConfig]:
+        """Those that score behind SGLang servers, by name; they are on none of the ranks."""
+        return {name: each for name, each in self.all_teachers.items() if each.backend == "sglang"}
+
+    @property
     def samples(self) -> bool:
         """Whether the student writes."""
         return self.mixture.student > 0 or self.eval is not None
 
     @property
+    def uses_teachers(self) -> bool:
+        return self.objective.needs_teacher or self.mixture.teacher > 0
+
+    @property
     def teacher_writes(self) -> bool:
-        return self.mixture.teacher > 0 or (self.eval is not None and self.eval.teacher)
+        evaluated = self.eval is not None and self.eval.teacher
+        return self.uses_teachers and (self.mixture.teacher > 0 or evaluated)
+
+    @property
+    def sglang_teachers(self) -> dict[str, TeacherConfig]:
+        """Those behind SGLang servers that the run uses, to write, to score, or both; by name."""
+        if self.rollout.backend == "sglang" and self.teacher_writes:
+            return self.all_teachers
+        return self.served_teachers if self.uses_teachers else {}
 
     @property
     def starts_servers(self) -> bool:
         """Of SGLang."""
-        return self.rollout.backend == "sglang" and (self.teacher_writes or (self.samples and not self.rollout.urls))
+        own = any(not teacher.urls for teacher in self.sglang_teachers.values())
+        return own or (self.rollout.backend == "sglang" and self.samples and not self.rollout.urls)
 
     @property
     def megatron_checkpoints(self) -> dict[str, str]:
@@ -259,9 +280,10 @@ class Config(_Section):
 
     @property
     def layouts(self) -> dict[str, ParallelConfig]:
-        """Of the student and the frozen models, by section; theirs are the student's, without virtual stages, unless set."""
+        """Of the models on the ranks, by section; the frozen ones' are the student's, without virtual stages, unless set."""
         student = self.student.parallel
-        own = {teacher_key(name): teacher.parallel for name, teacher in self.all_teachers.items()}
+        here = {name: each for name, each in self.all_teachers.items() if each.backend == "megatron"}
+        own = {teacher_key(name): teacher.parallel for name, teacher in here.items()}
         if self.reference is not None:
             own["reference"] = self.reference.parallel
         shared = student.model_copy(update={"vpp": 1})
@@ -430,17 +452,16 @@ def _check_combinations(config: Config) -> None:
     for name, teacher in config.all_teachers.items():
         key = teacher_key(name)
         if teacher.backend == "sglang":
-            if loss.opd != "sampled":
-                raise OpdError(
-                    f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but {key}.backend=sglang gives scores only; "
-                    f"set {key}.backend=megatron or loss.opd=sampled"
-                )
-            raise OpdError(f"{key}.backend: sglang is not supported yet; set {key}.backend=megatron")
+            _check_served_teacher(config, key, teacher)
+        elif teacher.urls:
+            raise OpdError(f"{key}.urls: {', '.join(teacher.urls)}, but {key}.backend is megatron; set {key}.backend=sglang")
+        if teacher.api_key_file and not teacher.urls:
+            raise OpdError(f"{key}.api_key_file: {teacher.api_key_file}, but {key}.urls is empty; remove one or add the other")
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
     _check_attached(config)
-    if config.rollout.sglang and config.rollout.backend != "sglang":
+    if config.rollout.sglang and config.rollout.backend != "sglang" and not config.served_teachers:
         raise OpdError("rollout.sglang: set, but rollout.backend is embedded; set rollout.backend=sglang or remove it")
     _check_placement(config.rollout)
     _check_lag(config)
@@ -512,6 +533,49 @@ def _check_attached(config: Config) -> None:
                     f"rollout.host: {rollout.host}, but the server {url} on another machine receives its weights from there; "
                     "set rollout.host to this machine's address in the cluster"
                 )
+
+
+def _check_served_teacher(config: Config, key: str, teacher: TeacherConfig) -> None:
+    """What SGLang cannot give of a teacher, or would ignore."""
+    loss, remedy = config.loss, f"set {key}.backend=megatron"
+    if config.rollout.placement == "colocated" and not teacher.urls:
+        raise OpdError(
+            f"{key}.backend: sglang, but rollout.placement is colocated, and the servers sleep while the teacher scores; "
+            f"{remedy}, or start the servers elsewhere and set {key}.urls"
+        )
+    ignored = {"load": teacher.load is not None, "offload": teacher.offload}
+    for name, used in ignored.items():
+        if used:
+            raise OpdError(f"{key}.{name}: set, but {key}.backend=sglang serves {key}.model as it is; remove it")
+    for url in teacher.urls:
+        if not url.startswith(("http://", "https://")):
+            raise OpdError(f"{key}.urls: {url!r} is no URL; give such as http://10.0.0.7:30000")
+    own = teacher.parallel
+    if own is not None and own != ParallelConfig(tp=own.tp):
+        raise OpdError(f"{key}.parallel: only tp says something about a server of {key}.backend=sglang; remove the rest")
+    if not config.objective.needs_teacher:
+        return
+    if loss.opd == "topk_reverse_kl":
+        raise OpdError(
+            "loss.opd: topk_reverse_kl takes the student's likeliest tokens, other ones at each position, but "
+            f"{key}.backend=sglang scores one list of ids for a whole response; {remedy} or loss.opd=topk_forward_kl"
+        )
+    if loss.opd not in SCORED_KINDS:
+        raise OpdError(
+            f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but {key}.backend=sglang gives scores only; "
+            f"{remedy} or loss.opd=sampled"
+        )
+    if loss.gated_forward_kl:
+        raise OpdError(
+            f"loss.gated_forward_kl: {loss.gated_forward_kl} needs the teacher's full vocabulary, but {key}.backend=sglang "
+            f"gives scores only; {remedy} or loss.gated_forward_kl=0"
+        )
+    temperature = config.rollout.sampling.temperature
+    if temperature != 1.0:
+        raise OpdError(
+            f"rollout.sampling.temperature: {temperature}, but {key}.backend=sglang scores at temperature 1 alone; "
+            f"{remedy} or rollout.sampling.temperature=1"
+        )
 
 
 def _check_layout(section: str, parallel: ParallelConfig) -> None:

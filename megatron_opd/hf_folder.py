@@ -92,6 +92,10 @@ class HFFolder:
                 shapes[name] = tuple(handle.get_slice(name).get_shape())
         return shapes
 
+    def check_files(self) -> None:
+        """All tensors that the files promise are there. Raises OpdError."""
+        assert self.shapes
+
     def check_tensors(self) -> None:
         """Names and shapes of all tensors against config.json, from headers alone: cheap even at 70B. Raises OpdError."""
         expected = expected_shapes(self.config)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_opd.config import Config, ParallelConfig, teacher_key
+from megatron_opd.config import Config, ParallelConfig, TeacherConfig, teacher_key
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
@@ -25,6 +25,9 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.sglang.client import read_key
 from megatron_opd.sglang.server import check_arguments
 from megatron_opd.types import OpdError, Prompt, Tokenizer
+
+# Positions of a context that SGLang gives to no prompt; in a request to score, the response is part of the prompt.
+_KEPT_BY_SGLANG = 7
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,24 @@ class Models:
     student_spec: ModelSpec
     student_config: TransformerConfig
     frozen_specs: dict[str, ModelSpec]  # by section of the config
+    served: frozenset[str]  # the teachers that are on none of the ranks
 
     @property
     def frozen(self) -> dict[str, HFFolder]:
-        """By section of the config."""
-        teachers = {teacher_key(name): folder for name, folder in self.teachers.items()}
+        """On the ranks, by section of the config."""
+        teachers = {teacher_key(name): folder for name, folder in self.teachers.items() if name not in self.served}
         return teachers if self.reference is None else {**teachers, "reference": self.reference}
 
     @property
     def vocab_size(self) -> int:
         """Ids that student, teacher and reference share."""
-        return min(spec.dims.vocab_size for spec in (self.student_spec, *self.frozen_specs.values()))
+        served = [int(self.teachers[name].config.vocab_size) for name in self.served]
+        return min([*served, *(spec.dims.vocab_size for spec in (self.student_spec, *self.frozen_specs.values()))])
 
     @property
     def max_positions(self) -> int:
-        return min(spec.max_positions for spec in (self.student_spec, *self.frozen_specs.values()))
+        served = [int(self.teachers[name].config.max_position_embeddings) - _KEPT_BY_SGLANG for name in self.served]
+        return min([*served, *(spec.max_positions for spec in (self.student_spec, *self.frozen_specs.values()))])
 
 
 def check_models(config: Config, platform: Platform, world_size: int) -> Models:
@@ -84,7 +90,9 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
     student = HFFolder(resolve_model(config.student.model))
     student_spec = model_spec(student, parallel, "student")
     student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
-    models = Models(student, *_frozen_folders(config, student), student_spec, student_config, {})
+    teachers, reference = _frozen_folders(config, student)
+    served = frozenset(config.served_teachers) & frozenset(teachers)
+    models = Models(student, teachers, reference, student_spec, student_config, {}, served)
     specs = {section: model_spec(folder, config.layouts[section], section) for section, folder in models.frozen.items()}
     models = replace(models, frozen_specs=specs)
     if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
@@ -101,6 +109,8 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         _check_weights(student, models.student_spec, "student", found)
     for section, folder in models.frozen.items():
         _check_weights(folder, models.frozen_specs[section], section, found)
+    for name in models.served:
+        _check_served(config.all_teachers[name], teachers[name], teacher_key(name))
 
     if config.rollout.api_key_file is not None:
         read_key("rollout.api_key_file", config.rollout.api_key_file)
@@ -114,7 +124,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
                 "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
             )
     tokenizer = load_tokenizer(student.path)
-    for folder in models.frozen.values():
+    for folder in (*teachers.values(), *([models.reference] if models.reference else [])):
         if folder.path != student.path:
             check_same_tokenizer(tokenizer, load_tokenizer(folder.path), str(student.path), str(folder.path))
     own_stops = stop_ids(student.path, tokenizer)
@@ -151,6 +161,8 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
     parallel, mixture, objective = config.student.parallel, config.mixture, config.objective
 
     def own_layout(section: str) -> str:
+        if section not in config.layouts:
+            return " (SGLang)"
         own = axes(config.layouts[section], world_size)
         return "" if own == axes(parallel.model_copy(update={"vpp": 1}), world_size) else f" ({own})"
 
@@ -214,13 +226,20 @@ def _check_weights(folder: HFFolder, spec: ModelSpec, section: str, megatron: di
         folder.check_tensors()
 
 
+def _check_served(teacher: TeacherConfig, folder: HFFolder, section: str) -> None:
+    """SGLang knows more architectures than we do, and loads what it can: here only files that are not there are found."""
+    if teacher.api_key_file:
+        read_key(f"{section}.api_key_file", teacher.api_key_file)
+    if not teacher.urls:
+        folder.check_files()
+
+
 def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFolder], HFFolder | None]:
     """Only the models that the objective or the mixture uses."""
-    objective = config.objective
     teachers, reference = {}, None
-    if objective.needs_teacher or config.mixture.teacher:
+    if config.uses_teachers:
         teachers = {name: HFFolder(resolve_model(teacher.model)) for name, teacher in config.all_teachers.items()}
-    if config.reference is not None and objective.needs_reference:
+    if config.reference is not None and config.objective.needs_reference:
         reference = HFFolder(resolve_model(config.reference.model)) if config.reference.model else student
     return teachers, reference
 

@@ -64,7 +64,7 @@ class Reporter:
             return
         objective, terms = self.config.objective, stats.terms
         off_policy = "sft" if objective.off_policy == "cross_entropy" else "divergence"
-        on_policy = {
+        on_policy: dict[str, float | None] = {
             "loss/opd": terms.opd,
             "policy/entropy": terms.entropy,
             "policy/teacher_entropy": terms.teacher_entropy,
@@ -75,6 +75,8 @@ class Reporter:
             "policy/engine_gap_mean": terms.engine_gap,
             "policy/engine_gap_max": stats.engine_gap_max,
         }
+        if self.config.served_teachers:  # log-probabilities of some tokens do not tell
+            on_policy |= {"policy/teacher_entropy": None, "policy/top1_agreement": None}
         if record.get("policy/lag_max"):  # then the weights differ, not the engine
             on_policy = {name.replace("engine_gap", "staleness_gap"): value for name, value in on_policy.items()}
         whole: Record = {

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -125,11 +126,40 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities, in nats, of a teacher whose logits are elsewhere: of the labels, the end tokens and its likeliest ids.
+
+    Of softmax(logits / temperature) over the ids that all models have. 0, and no ids, where the loss has no use for them.
+    """
+
+    log_probs: Tensor  # [T] fp32, log pi_T(label)
+    stop_log_probs: Tensor  # [T] fp32, log pi_T(any end token of the run)
+    top_ids: Tensor | None = None  # [T, K] int64, the likeliest first; K = k, and the number of end tokens more
+    top_log_probs: Tensor | None = None  # [T, K] fp32; -inf where there is no such id
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TokenScores:
+        """On ``device``, the log-probabilities as ``dtype``."""
+        top_ids = None if self.top_ids is None else self.top_ids.to(device)
+        top_log_probs = None if self.top_log_probs is None else self.top_log_probs.to(device, dtype)
+        return TokenScores(self.log_probs.to(device, dtype), self.stop_log_probs.to(device, dtype), top_ids, top_log_probs)
+
+    def at(self, positions: Tensor | slice) -> TokenScores:
+        """Of ``positions`` [P] int64 alone, as [P] and [P, K]."""
+        top_ids = None if self.top_ids is None else self.top_ids[positions]
+        top_log_probs = None if self.top_log_probs is None else self.top_log_probs[positions]
+        return TokenScores(self.log_probs[positions], self.stop_log_probs[positions], top_ids, top_log_probs)
+
+
+@dataclass(frozen=True)
 class FrozenScores:
-    """What a frozen model says about a micro-batch; nothing on ranks that do not compute the loss (all but the last stage)."""
+    """What a frozen model says about a micro-batch; nothing on ranks that do not compute the loss (all but the last stage).
+
+    Hidden states and LM head, or from a server ``tokens``.
+    """
 
     hidden: Tensor | None = None  # [T, H] final-norm hidden states
     lm_head: Tensor | None = None  # [V/tp, H], row shard in the student's tensor-parallel layout
+    tokens: TokenScores | None = None
 
 
 OpdKind = Literal[
@@ -143,6 +173,7 @@ OpdKind = Literal[
     "topk_forward_kl",
     "local_support",
 ]
+SCORED_KINDS: tuple[OpdKind, ...] = ("sampled", "topk_forward_kl", "local_support")  # for which TokenScores are enough
 Aggregation = Literal["token", "response"]
 OffPolicyTerm = Literal["cross_entropy", "divergence"]
 
@@ -197,7 +228,7 @@ class LossTerms(NamedTuple, Generic[Value]):
     teacher_written: Value  # cross-entropy, or the divergence, on teacher-written responses
     gold: Value  # likewise on gold solutions
     entropy: Value  # of the student
-    teacher_entropy: Value
+    teacher_entropy: Value  # 0 of a teacher that gives TokenScores, like the agreement below: unknown
     advantage: Value  # the policy gradient's A; with another OPD term log pi_T(label) - log pi_old(label)
     top1_agreement: Value  # share of positions where both models' likeliest token is the same
     stop_log_prob: Value  # log of the student's probability of any end token

@@ -196,6 +196,63 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         lambda _, config: config.update(teacher={**config["teacher"], "backend": "sglang"}, loss={"opd": "reverse_kl"}),
         ["loss.opd", "reverse_kl", "full vocabulary", "teacher.backend"],
     ),
+    "student support of a served teacher": (
+        both(put("teacher.backend", "sglang"), put("loss.opd", "topk_reverse_kl")),
+        ["loss.opd", "topk_reverse_kl", "one list of ids", "teacher.backend=megatron", "topk_forward_kl"],
+    ),
+    "temperature of a served teacher": (
+        both(put("teacher.backend", "sglang"), put("rollout.sampling.temperature", 0.7)),
+        ["rollout.sampling.temperature", "0.7", "teacher.backend=megatron", "temperature=1"],
+    ),
+    "entropy gate of a served teacher": (
+        both(put("teacher.backend", "sglang"), put("loss.gated_forward_kl", 0.5)),
+        ["loss.gated_forward_kl", "0.5", "full vocabulary", "gated_forward_kl=0"],
+    ),
+    "pipeline of a served teacher": (
+        both(put("teacher.backend", "sglang"), put("teacher.parallel", {"tp": 2, "pp": 2})),
+        ["teacher.parallel", "only tp", "remove the rest"],
+    ),
+    "offloaded served teacher": (
+        both(put("teacher.backend", "sglang"), put("teacher.offload", True)),
+        ["teacher.offload", "teacher.backend=sglang", "remove it"],
+    ),
+    "loaded served teacher": (
+        both(put("teacher.backend", "sglang"), load_from("teacher")),
+        ["teacher.load", "teacher.backend=sglang", "remove it"],
+    ),
+    "served teacher without SGLang": (
+        put("teacher.backend", "sglang"),
+        ["rollout.python", "no package sglang", "install sglang==0.5.21"],
+    ),
+    "served teacher without weights": (
+        both(put("teacher.backend", "sglang"), remove_weights),
+        ["teacher", "neither model.safetensors", "safetensors weights"],
+    ),
+    "served teacher with other tokens": (
+        both(put("teacher.backend", "sglang"), put("teacher.urls", ["http://h:1"]), other_tokenizer),
+        ["teacher", "token"],
+    ),
+    "URLs of a Megatron teacher": (
+        put("teacher.urls", ["http://10.0.0.7:30000"]),
+        ["teacher.urls", "http://10.0.0.7:30000", "teacher.backend=sglang"],
+    ),
+    "URL without a scheme": (
+        both(put("teacher.backend", "sglang"), put("teacher.urls", ["10.0.0.7:30000"])),
+        ["teacher.urls", "'10.0.0.7:30000'", "http://"],
+    ),
+    "key without URLs": (put("teacher.api_key_file", "key"), ["teacher.api_key_file", "teacher.urls is empty"]),
+    "no such key file": (
+        both(
+            put("teacher.backend", "sglang"), put("teacher.urls", ["http://h:1"]), put("teacher.api_key_file", "/nowhere/key")
+        ),
+        ["teacher.api_key_file", "/nowhere/key", "cannot be read"],
+    ),
+    "context that the served teacher needs for itself": (
+        both(
+            put("teacher.backend", "sglang"), put("teacher.urls", ["http://h:1"]), put("rollout.sampling.max_new_tokens", 121)
+        ),
+        ["max_new_tokens", "121", "121 positions"],
+    ),
     "gold without solutions": (without_solutions, ["train.jsonl:1", "solution", "mixture.gold"]),
     "nothing to train on": (put("mixture", {"student": 0, "teacher": 0, "gold": 0}), ["mixture", "at least one"]),
     "weight of a source is 0": (put("mixture.gold_weight", 0), ["mixture.gold_weight", "mixture.gold"]),

@@ -74,7 +74,8 @@ def _layout(config: Config, sizes: tuple[int, int, int, int], gpus: int) -> Chan
 
 
 def _offloads(config: Config) -> Iterator[Change]:
-    offloaded = {teacher_key(name): teacher.offload for name, teacher in config.all_teachers.items()}
+    here = {name: each for name, each in config.all_teachers.items() if name not in config.served_teachers}
+    offloaded = {teacher_key(name): teacher.offload for name, teacher in here.items()}
     if config.reference is not None:
         offloaded["reference"] = config.reference.offload
     offloaded["student"] = config.student.offload

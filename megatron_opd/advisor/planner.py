@@ -117,15 +117,17 @@ class Planner:
         """As ``setup.build_system`` builds them."""
         engines, share = [], 0
         mixture, prompts = config.mixture, config.data.prompts_per_step
-        samples, served = mixture.student or config.eval, config.rollout.backend == "sglang"
-        if served and (samples or mixture.teacher):
+        if config.starts_servers:
             share = int(self.memory * _server_share(config, gpus))
-        elif samples:
+        if config.samples and config.rollout.backend == "embedded":
             engines.append((models.student, prompts * mixture.student))
-        if not served and (mixture.teacher or (config.eval and config.eval.teacher)):
-            engines += [(folder, prompts * mixture.teacher) for folder in models.teachers.values()]
+        if config.teacher_writes:
+            embedded = [folder for name, folder in models.teachers.items() if name not in config.sglang_teachers]
+            engines += [(folder, prompts * mixture.teacher) for folder in embedded]
         sizes = [self._engine(config, models, folder, responses, gpus) for folder, responses in engines]
-        return EngineBytes(share + sum(each.weights for each in sizes), max((each.cache for each in sizes), default=0))
+        asleep = share if config.rollout.placement == "colocated" else 0  # while the training has the memory
+        weights = share - asleep + sum(each.weights for each in sizes)
+        return EngineBytes(weights, asleep + max((each.cache for each in sizes), default=0))
 
     def _engine(self, config: Config, models: Models, folder: HFFolder, responses: int, gpus: int) -> EngineBytes:
         key = ("elements", str(folder.path))

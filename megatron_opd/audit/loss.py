@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_opd.audit import oracle
 from megatron_opd.audit.dense import DenseLoss, dense_loss
-from megatron_opd.audit.problem import CHUNK_TOKENS, Problem, log_probs, make_problem
+from megatron_opd.audit.problem import CHUNK_TOKENS, Problem, log_probs, make_problem, token_scores
 from megatron_opd.audit.report import Check, disagreement, largest, ratio, relative_error
 from megatron_opd.losses import distillation_loss
 from megatron_opd.types import LossOutput, Objective
@@ -34,6 +34,7 @@ class LossSetting:
     chunk_tokens: int | None
     group: ProcessGroup  # tensor parallel
     device: torch.device
+    served: bool = False  # the teacher is known by the log-probabilities that a server gives
 
     @property
     def tp_size(self) -> int:
@@ -93,7 +94,7 @@ def _evaluate(loss: LossFunction, setting: LossSetting, problem: Problem, dtype:
 
     objective = setting.objective
     hidden, head = (each.requires_grad_() for each in local(problem.student))
-    teacher = local(problem.teacher) if objective.needs_teacher else (None, None)
+    teacher = local(problem.teacher) if objective.needs_teacher and not setting.served else (None, None)
     reference = local(problem.reference) if objective.needs_reference else (None, None)
     output = loss(
         hidden,
@@ -102,6 +103,7 @@ def _evaluate(loss: LossFunction, setting: LossSetting, problem: Problem, dtype:
         objective,
         teacher_hidden=teacher[0],
         teacher_head=teacher[1],
+        **({"teacher_scores": token_scores(problem, objective)} if setting.served else {}),
         reference_hidden=reference[0],
         reference_head=reference[1],
         vocab_size=problem.vocab_size,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_opd.audit import oracle
 from megatron_opd.losses import TOP_K_KINDS
-from megatron_opd.types import Objective, PackedBatch, Source
+from megatron_opd.types import Objective, PackedBatch, Source, TokenScores
 
 # Prompt and response positions, and who wrote the response: unequal, and one sequence that is padding. Neither all of a source
 # nor chunks of CHUNK_TOKENS leave three rows or fewer by themselves: MKL's products of so few, over 152k columns, are ten times
@@ -101,6 +101,15 @@ def make_problem(
 def _top_k_lead(k: int, vocab_size: int) -> float:
     """By which k logits are larger: it keeps them apart from the others, and leaves these half of the mass where it can."""
     return max(math.log(max(vocab_size - k, 1) / k), 4.0)
+
+
+def token_scores(problem: Problem, objective: Objective) -> TokenScores:
+    """What a server of the problem's teacher would give, in fp64."""
+    log_q = log_probs(problem.teacher, objective, problem.vocab_size)
+    ends = list(problem.stop_ids)
+    stop = log_q[:, ends].logsumexp(-1) if ends else torch.zeros_like(log_q[:, 0])
+    top = log_q.topk(min(objective.k + len(ends), problem.vocab_size), -1)
+    return TokenScores(oracle.pick(log_q, problem.batch.labels), stop, top.indices, top.values)
 
 
 def log_probs(model: oracle.Model, objective: Objective, vocab_size: int) -> Tensor:

@@ -65,4 +65,5 @@ def loss_setting(config: Config, inputs: Inputs, platform: Platform, layout: Par
         chunk_tokens=config.loss.chunk_tokens,
         group=layout.tp,
         device=platform.device,
+        served=bool(config.served_teachers),
     )

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,7 +74,8 @@ def audit_step(config: Config, inputs: Inputs, platform: Platform, layout: Paral
     Collective over the world; the errors are this rank's. Everywhere by the local layer spec: Transformer Engine multiplies
     fp32 matrices in TF32.
     """
-    config = _with_smaller_k(config)
+    inputs = _with_teachers_here(config, inputs)
+    config = _with_smaller_k(_without_servers(config))
     with tempfile.TemporaryDirectory(prefix="megatron-opd-audit-") as folder:
         models = write_reduced_models(config, inputs, Path(folder))
         run = build_reduced_run(config, models, replace(platform, transformer_engine=False), layout)
@@ -109,6 +111,20 @@ def audit_step(config: Config, inputs: Inputs, platform: Platform, layout: Paral
         uneven = fewer_than_ranks(rollouts, layout.dp_size)
         checks.append(check("unequal ranks", "a rank with nothing but filler", step.error(step.truth(uneven), uneven, _WHOLE)))
     return checks
+
+
+def _with_teachers_here(config: Config, inputs: Inputs) -> Inputs:
+    """A teacher behind servers may have any architecture; one like the student takes its place."""
+    served = config.served_teachers
+    teachers = {name: inputs.student if name in served else folder for name, folder in inputs.teachers.items()}
+    return replace(inputs, teachers=teachers)
+
+
+def _without_servers(config: Config) -> Config:
+    """Hidden states in place of a server's scores, which :func:`audit_loss` has."""
+    here: dict[str, Any] = {"backend": "megatron", "parallel": None, "urls": [], "api_key_file": None}
+    own = {name: each.model_copy(update=here if each.backend == "sglang" else {}) for name, each in config.all_teachers.items()}
+    return config.model_copy(update={"teacher": own[""]} if "" in own else {"teachers": own})
 
 
 def _with_smaller_k(config: Config) -> Config:

@@ -66,8 +66,8 @@ class ChunkLoss:
     def run(self, softmax: ChunkSoftmax, tokens: Tokens) -> Steps[tuple[TokenValues, Tensor]]:
         """The tokens' values, and the gradient [c, size] of their weighted sum for the student's raw logits.
 
-        The logits of ``softmax`` come raw and are overwritten, the gradient lies in their memory. Without a teacher there is no
-        OPD term, without a reference no reference term.
+        The logits of ``softmax`` come raw and are overwritten, the gradient lies in their memory. The teacher is there by its
+        logits or by ``tokens.scores``; without it there is no OPD term, without a reference no reference term.
         """
         models = [each for each in (softmax.student, softmax.teacher, softmax.reference) if each is not None]
         if self.temperature != 1.0:
@@ -76,7 +76,7 @@ class ChunkLoss:
         maxima, members = yield from self._maxima(models)
         if self.stop.merged and softmax.teacher is not None:
             self.stop.share_teacher_(softmax.teacher, members[0], members[1], self.shard)
-        rows, top_k = yield from self._statistics(softmax, models, maxima, members, tokens.labels)
+        rows, top_k = yield from self._statistics(softmax, models, maxima, members, tokens)
         term, inside = yield from self._opd_term(softmax, rows, tokens, top_k)
         gradient = self._gradient(softmax, rows, tokens, members[0], term, top_k, inside)
         return self._values(rows, tokens, term), gradient
@@ -91,19 +91,24 @@ class ChunkLoss:
         return reduced[: len(models)], reduced[len(models) :].view(len(models), len(self.stop.ids), reduced.shape[1])
 
     def _statistics(
-        self, softmax: ChunkSoftmax, models: list[Tensor], maxima: Tensor, members: Tensor, labels: Tensor
+        self, softmax: ChunkSoftmax, models: list[Tensor], maxima: Tensor, members: Tensor, tokens: Tokens
     ) -> Steps[tuple[ChunkStatistics, _TopKPart | None]]:
-        support = values = None
-        if isinstance(self.opd, TopK) and isinstance(softmax, TorchSoftmax) and softmax.teacher is not None:
-            columns, gathering = self.opd.candidates(softmax, self.shard, self.stop)
-            yield
-            support = self.opd.support(columns, gathering.wait(), members, self.shard, self.stop)
+        labels, scores = tokens.labels, tokens.scores
+        support = values = served = None
+        if isinstance(self.opd, TopK) and isinstance(softmax, TorchSoftmax):
+            if softmax.teacher is not None:
+                columns, gathering = self.opd.candidates(softmax, self.shard, self.stop)
+                yield
+                support = self.opd.support(columns, gathering.wait(), members, self.shard, self.stop)
+            elif scores is not None:
+                served = self.opd.given(scores, members[0], self.stop)
+                support = served.support(self.shard)
 
         shares = [self.shard.pick(logits, labels) for logits in models]
         shares += softmax.sums(maxima, Cross.NONE if isinstance(self.opd, TopK) else self.opd.cross)
         if support is not None:
             assert isinstance(self.opd, TopK) and isinstance(softmax, TorchSoftmax)
-            top_k_shares, values = self.opd.sums(softmax, support)
+            top_k_shares, values = self.opd.sums(softmax, support, served)
             shares += top_k_shares
         pending = self.shard.sum(torch.stack(shares))
         yield
@@ -134,10 +139,19 @@ class ChunkLoss:
                 top1_agreement=agreement,
                 cross=cross,
             )
+        elif scores is not None:
+            class_log_prob = scores.stop_log_probs.where(in_class, scores.log_probs)
+            total = torch.ones_like(student_total)
+            rows = rows._replace(teacher=ModelRows(total, scores.log_probs, class_log_prob, scores.stop_log_probs))
         if softmax.reference is not None:
             reference_total, reference_cross, *rest = rest
             rows = rows._replace(reference=model_rows(-1, reference_total), reference_cross=reference_cross)
-        return rows, None if support is None or values is None else _TopKPart(support, values, torch.stack(rest))
+        if support is None or values is None:
+            return rows, None
+        sums = torch.stack(rest)  # [5, c]
+        if served is not None:
+            sums[3] = served.tail()
+        return rows, _TopKPart(support, values, sums)
 
     def _opd_term(
         self, softmax: ChunkSoftmax, rows: ChunkStatistics, tokens: Tokens, top_k: _TopKPart | None
@@ -171,7 +185,7 @@ class ChunkLoss:
         inside: Tensor | None,
     ) -> Tensor:
         """[c, size]: all terms' weighted gradients, put together by rows so that one pass writes them."""
-        opd_weights, reference_weights, label_weights = (each / self.temperature for each in tokens[2:])
+        opd_weights, reference_weights, label_weights = (each / self.temperature for each in tokens.weights)
         student_total = rows.student.total
         class_slopes = (opd_weights * term.slope).where(rows.in_class, 0.0)
         label_slopes = opd_weights * term.slope - class_slopes - label_weights
@@ -219,15 +233,16 @@ class ChunkLoss:
             bad_teacher=nothing,
             bad_reference=nothing,
         )
-        if rows.teacher is not None and rows.teacher_entropy is not None and rows.top1_agreement is not None:
+        if rows.teacher is not None:
             advantage = self.opd if isinstance(self.opd, PolicyGradient) else _LOG_RATIO
+            known = rows.teacher.class_log_prob if rows.teacher_entropy is None else rows.teacher_entropy
             values = values._replace(
                 advantage=advantage.advantage(rows, tokens.old_log_probs),
-                teacher_entropy=rows.teacher_entropy,
-                top1_agreement=rows.top1_agreement,
+                teacher_entropy=nothing if rows.teacher_entropy is None else rows.teacher_entropy,
+                top1_agreement=nothing if rows.top1_agreement is None else rows.top1_agreement,
                 teacher_stop_log_probs=rows.teacher.stop_log_prob,
                 # With a merged stop class the student's end tokens are part of what the teacher is compared by.
-                bad_teacher=(~torch.isfinite(rows.teacher_entropy) & ~bad_student).to(nothing.dtype),
+                bad_teacher=(~torch.isfinite(known) & ~bad_student).to(nothing.dtype),
             )
         if rows.reference is not None and rows.reference_cross is not None:
             reference_kl = ReverseKL().row_term(rows.student.total, rows.reference.total, rows.reference_cross[None]).value

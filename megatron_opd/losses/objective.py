@@ -16,7 +16,7 @@ from megatron_opd.losses.rows import Tokens, TokenValues
 from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.losses.vocab_parallel import full_vocabulary_term, statistics_dtype
-from megatron_opd.types import LossOutput, LossTerms, Objective, PackedBatch
+from megatron_opd.types import SCORED_KINDS, LossOutput, LossTerms, Objective, PackedBatch, TokenScores
 
 
 def distillation_loss(
@@ -25,8 +25,9 @@ def distillation_loss(
     batch: PackedBatch,
     objective: Objective,
     *,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    teacher_scores: TokenScores | None = None,
     reference_hidden: Tensor | None,
     reference_head: Tensor | None,
     vocab_size: int,
@@ -48,6 +49,9 @@ def distillation_loss(
         lm_head: [V/tp, H], rank r of ``group`` holds vocabulary rows ``r * V/tp .. (r + 1) * V/tp - 1``; its gradient is the
             local shard's.
         teacher_hidden: [T, H_t], with teacher_head [V/tp, H_t]; None where the objective needs no teacher.
+        teacher_scores: of T tokens, in place of the two, for the OPD terms that need no more: the policy gradient without
+            ``gated_forward_kl``, and with the teacher's likeliest ids "topk_forward_kl" and "local_support". The teacher's
+            entropy and the agreement are then unknown, and 0.
         reference_hidden: [T, H_r], with reference_head [V/tp, H_r]; None where the objective needs no reference.
         vocab_size: the true global vocabulary; rows beyond it are padding.
         group: the tensor-parallel group; None: this rank holds the whole vocabulary.
@@ -62,8 +66,12 @@ def distillation_loss(
     if batch.num_tokens != len(hidden):
         raise ValueError(f"hidden: {len(hidden)} tokens, but the batch has {batch.num_tokens}; give the same micro-batch's")
     teacher = reference = None
-    if objective.needs_teacher:
+    if not objective.needs_teacher:
+        teacher_scores = None
+    elif teacher_scores is None:
         teacher = check_frozen("teacher_hidden", teacher_hidden, "teacher_head", teacher_head, student)
+    else:
+        _check_scores(teacher_scores, objective, len(hidden), stop_ids)
     if objective.needs_reference:
         reference = check_frozen("reference_hidden", reference_hidden, "reference_head", reference_head, student)
     shard = VocabShard.of(lm_head.shape[0], vocab_size, group)
@@ -72,7 +80,7 @@ def distillation_loss(
     streams = _Streams.of(batch, hidden.device, statistics_dtype(hidden.dtype))
     _check_labels(streams.labels, vocab_size)
 
-    rollout_rows = Rows(*streams.rollout_tokens(objective), teacher, reference)
+    rollout_rows = Rows(*streams.rollout_tokens(objective, teacher_scores), teacher, reference)
     label_rows = Rows(*streams.label_tokens(objective))
     chunks = ChunkLoss(opd, stop, check_temperature(objective.temperature), shard)
     job = LinearLoss((rollout_rows, label_rows), chunks, check_chunk_tokens(chunk_tokens))
@@ -135,14 +143,17 @@ class _Streams:
         old, rollout, teacher, gold = (each.to(dtype) for each in (batch.old_log_probs, rollout, teacher, gold))
         return cls(labels, old, rollout, teacher, gold, batch.cu_seqlens, device)
 
-    def rollout_tokens(self, objective: Objective) -> tuple[Tensor, Tokens]:
+    def rollout_tokens(self, objective: Objective, scores: TokenScores | None) -> tuple[Tensor, Tokens]:
         """Positions with an OPD or reference term."""
         opd = objective.student_weight * self.rollout
         if objective.off_policy == "divergence":
             opd = opd + objective.teacher_weight * self.teacher + objective.gold_weight * self.gold
         reference = objective.reference_kl * self.rollout
         positions = (opd + reference).nonzero().squeeze(1)
-        return positions.to(self.device), self._take(positions, opd, reference, torch.zeros_like(opd))
+        tokens = self._take(positions, opd, reference, torch.zeros_like(opd))
+        if scores is not None:
+            tokens = tokens._replace(scores=scores.at(positions.to(scores.log_probs.device)).to(self.device, self.gold.dtype))
+        return positions.to(self.device), tokens
 
     def label_tokens(self, objective: Objective) -> tuple[Tensor, Tokens]:
         """Positions with a cross-entropy term."""
@@ -202,11 +213,29 @@ class _Streams:
 
     def _take(self, positions: Tensor, opd: Tensor, reference: Tensor, labels: Tensor) -> Tokens:
         streams = (self.labels, self.old_log_probs, opd, reference, labels)
-        return Tokens(*(each[positions].to(self.device) for each in streams))
+        ids, old, opd, reference, labels = (each[positions].to(self.device) for each in streams)
+        return Tokens(ids, old, opd, reference, labels)
 
     def _spread(self, positions: Tensor, values: Tensor) -> Tensor:
         """[R] → [T], 0 elsewhere."""
         return values.new_zeros(len(self.rollout)).index_copy_(0, positions, values)
+
+
+def _check_scores(scores: TokenScores, objective: Objective, tokens: int, stop_ids: tuple[int, ...]) -> None:
+    if objective.opd not in SCORED_KINDS or objective.gated_forward_kl:
+        raise ValueError(
+            f"teacher_scores: {objective.opd} needs all of the teacher's logits; give teacher_hidden and teacher_head"
+        )
+    if len(scores.log_probs) != tokens:
+        raise ValueError(
+            f"teacher_scores: {len(scores.log_probs)} tokens, but hidden has {tokens}; give the same micro-batch's"
+        )
+    if objective.opd == "sampled":
+        return
+    known = 0 if scores.top_ids is None else scores.top_ids.shape[1]
+    needed = objective.k + (len(stop_ids) if objective.merge_stop_class and len(stop_ids) > 1 else 0)
+    if known < needed:
+        raise ValueError(f"teacher_scores: {known} ids a token, but {objective.opd} needs {needed}; ask for more")
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_opd.types import TokenScores
+
 
 class Cross(IntEnum):
     """A sum over student and teacher that the first pass gives beside the totals."""
@@ -40,9 +42,15 @@ class Tokens(NamedTuple):
     opd_weights: Tensor  # of the OPD term
     reference_weights: Tensor  # of KL(student || reference)
     label_weights: Tensor  # of the cross-entropy
+    scores: TokenScores | None = None  # each [c, ...], of a teacher without logits here
 
     def chunk(self, rows: slice) -> Tokens:
-        return Tokens(*(each[rows] for each in self))
+        labels, old, opd, reference, label = (each[rows] for each in (self.labels, self.old_log_probs, *self.weights))
+        return Tokens(labels, old, opd, reference, label, None if self.scores is None else self.scores.at(rows))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.opd_weights, self.reference_weights, self.label_weights
 
 
 class ModelRows(NamedTuple):

@@ -12,7 +12,7 @@ from megatron_opd.losses.rows import RowTerm
 from megatron_opd.losses.shard import Pending, VocabShard
 from megatron_opd.losses.softmax import LARGEST_LOG_RATIO, TorchSoftmax
 from megatron_opd.losses.stop_class import StopClass
-from megatron_opd.types import OpdKind
+from megatron_opd.types import OpdKind, TokenScores
 
 TOP_K_KINDS = ("topk_reverse_kl", "topk_forward_kl", "local_support")
 
@@ -33,6 +33,24 @@ class Support(NamedTuple):
         """In place: ``entries`` [c, k], or a number, into ``values`` [c, size]."""
         inside = self.owned.nonzero(as_tuple=True)
         values[inside[0], self.columns[inside]] = entries[inside] if isinstance(entries, Tensor) else entries
+
+
+class GivenSupport(NamedTuple):
+    """The teacher's k likeliest tokens as a server names them, equal on all ranks of the shard's group."""
+
+    ids: Tensor  # [c, K] int64
+    log_probs: Tensor  # [c, K] nats, log q; -inf where an entry does not count
+
+    def support(self, shard: VocabShard) -> Support:
+        """No collective: each rank sees which ids are its own."""
+        if not shard.size:
+            return Support(torch.zeros_like(self.ids), torch.zeros_like(self.ids, dtype=torch.bool))
+        columns, owned = shard.locate(self.ids)
+        return Support(columns, owned & self.log_probs.isfinite())
+
+    def tail(self) -> Tensor:
+        """[c]: the mass off the support. All that is known of it is 1 - sum, hence its absolute error of about 1e-7 in fp32."""
+        return (1 - self.log_probs.double().exp().sum(-1)).to(self.log_probs.dtype)
 
 
 class SupportValues(NamedTuple):
@@ -92,20 +110,50 @@ class TopK:
         ends = columns.new_tensor(stop.columns(shard)).expand(len(columns), -1)
         return Support(torch.cat([columns, ends], 1), torch.cat([owned, class_wins[:, None].expand_as(ends)], 1))
 
-    def sums(self, softmax: TorchSoftmax, support: Support) -> tuple[list[Tensor], SupportValues]:
+    def given(self, scores: TokenScores, student_members: Tensor, stop: StopClass) -> GivenSupport:
+        """The support of a teacher that gives ``scores``, at least k entries and the end tokens' number more.
+
+        A merged stop class counts as one of the k and brings its members, in the student's proportions; ``student_members``
+        [E, c] are their logits.
+        """
+        assert scores.top_ids is not None and scores.top_log_probs is not None
+        ids, log_probs = scores.top_ids, scores.top_log_probs
+        if not stop.merged:
+            return GivenSupport(ids[:, : self.k], log_probs[:, : self.k])
+        ends = ids.new_tensor(stop.ids)
+        log_probs, places = log_probs.masked_fill(torch.isin(ids, ends), -torch.inf).topk(self.k, -1)
+        class_log_probs = scores.stop_log_probs[:, None]
+        class_wins = (log_probs > class_log_probs).sum(-1, keepdim=True) < self.k  # [c, 1]
+        log_probs[:, -1:] = log_probs[:, -1:].masked_fill(class_wins, -torch.inf)
+        shared = class_log_probs + student_members.T.log_softmax(-1)  # [c, E]
+        return GivenSupport(
+            torch.cat([ids.gather(1, places), ends.expand(len(ids), -1)], 1),
+            torch.cat([log_probs, shared.where(class_wins, -torch.inf)], 1),
+        )
+
+    def sums(
+        self, softmax: TorchSoftmax, support: Support, given: GivenSupport | None = None
+    ) -> tuple[list[Tensor], SupportValues]:
         """This rank's shares, each [c], after ``softmax.sums``: both models' mass on the support, both tails, cross sum.
 
         The exponentials on the support are set to 0: what is left is the tail, and a difference of two sums would lose a small
-        one.
+        one. A ``given`` teacher has the log-probabilities as logits, a total of 1, and no share of a tail here.
         """
-        assert softmax.teacher is not None and softmax.teacher_exp is not None
-        difference = support.at(softmax.student) - support.at(softmax.teacher)
-        values = SupportValues(support.at(softmax.student_exp), support.at(softmax.teacher_exp), difference)
+        student, student_exp = support.at(softmax.student), support.at(softmax.student_exp)
+        if given is not None:
+            teacher = given.log_probs.where(support.owned, 0.0)
+            values = SupportValues(student_exp, teacher.exp().where(support.owned, 0.0), student - teacher)
+            teacher_tail = torch.zeros_like(student_exp[:, 0])
+        else:
+            assert softmax.teacher is not None and softmax.teacher_exp is not None
+            values = SupportValues(student_exp, support.at(softmax.teacher_exp), student - support.at(softmax.teacher))
+            support.put_(softmax.teacher_exp, 0.0)
+            teacher_tail = softmax.teacher_exp.sum(-1)
         support.put_(softmax.student_exp, 0.0)
-        support.put_(softmax.teacher_exp, 0.0)
-        cross = values.teacher_exp * -difference if self.kind == "topk_forward_kl" else values.student_exp * difference
+        forward = self.kind == "topk_forward_kl"
+        cross = values.teacher_exp * -values.difference if forward else values.student_exp * values.difference
         heads = [values.student_exp.sum(-1), values.teacher_exp.sum(-1)]
-        return [*heads, softmax.student_exp.sum(-1), softmax.teacher_exp.sum(-1), cross.sum(-1)], values
+        return [*heads, softmax.student_exp.sum(-1), teacher_tail, cross.sum(-1)], values
 
     def row_term(
         self, values: SupportValues, student_total: Tensor, teacher_total: Tensor, sums: Tensor

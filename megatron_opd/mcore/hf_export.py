@@ -80,14 +80,14 @@ class Export:
                 count = 1 if entry.expert is not None else layout.tp_size
                 shape = owned[owner][self._own_name(entry)]
                 shards = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
-            full = entry.sharding.unshard(shards)
+            full = _unsharded(entry, shards)
             if layout.pp_size > 1:
                 full = full.contiguous()
                 dist.broadcast(full, dist.get_global_rank(layout.pp, owner), group=layout.pp)
             yield from zip(entry.hf, entry.sharding.split(full, self._dims), strict=True)
 
     def _split(self, entry: Entry, shards: list[Tensor]) -> list[Tensor]:
-        return entry.sharding.split(entry.sharding.unshard(shards), self._dims)
+        return entry.sharding.split(_unsharded(entry, shards), self._dims)
 
     def _own_name(self, entry: Entry) -> str:
         """A rank of a stage has as many experts as any other, so one of its own tells stage and shape."""
@@ -105,6 +105,13 @@ class Export:
             dist.broadcast(full, owner, group=self._layout.ep)
             return [full]
         local = parameter.contiguous()
+        if self._layout.tp_size == 1:
+            return [local]
         shards = [torch.empty_like(local) for _ in range(self._layout.tp_size)]
         dist.all_gather(shards, local, group=self._layout.tp)
         return shards
+
+
+def _unsharded(entry: Entry, shards: list[Tensor]) -> Tensor:
+    """One shard is the whole, and need not be copied."""
+    return shards[0] if len(shards) == 1 else entry.sharding.unshard(shards)

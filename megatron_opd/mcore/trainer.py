@@ -216,6 +216,7 @@ class Trainer:
                 self.objective,
                 teacher_hidden=_like(teacher.hidden, hidden),
                 teacher_head=teacher.lm_head,
+                teacher_scores=teacher.tokens,
                 reference_hidden=_like(reference.hidden, hidden),
                 reference_head=reference.lm_head,
                 vocab_size=self.loss_vocab_size,

@@ -43,7 +43,7 @@ class SGLangEngine:
         frozen: bool = False,
         residence: Residence | None = None,
     ) -> None:
-        self.roster, self._first_rank, self._residence = roster, first_rank, residence
+        self.roster, self._first_rank, self.residence = roster, first_rank, residence
         self._tokenizer, self._context, self._vocab_size = tokenizer, context, vocab_size
         self._in_flight, self._timeout, self._frozen = in_flight, timeout, frozen
         self._lengths: dict[str, float] = {}  # of the last response to each prompt, tokens
@@ -60,7 +60,7 @@ class SGLangEngine:
 
     def sleep(self) -> None:
         """Their memory is the training's until the next :meth:`generate`; the student's weights, until the next push."""
-        residence = self._residence
+        residence = self.residence
         if residence is not None:
             self._first_rank.run(lambda: residence.release(self.roster.serving()))
 
@@ -70,8 +70,8 @@ class SGLangEngine:
 
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         asks = [self._ask(request, sampling) for request in requests]
-        if self._residence is not None:
-            self._residence.resume(self.roster.serving())
+        if self.residence is not None:
+            self.residence.resume(self.roster.serving())
         progress = Progress([self._lengths.get(request.prompt.uid) for request in requests])
         responses, _ = dispatch(
             asks,

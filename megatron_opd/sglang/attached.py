@@ -25,12 +25,13 @@ _SIZES = (
 class Expected:
     """What a server must serve to be of use."""
 
+    section: str  # of the config
     model: str  # whose weights, as messages name it
     folder: HFFolder
-    tp: int
-    dtype: str
     tokens: int  # of the longest prompt and response together
-    has_loader: bool  # ours, which the way of the weights needs
+    tp: int | None = None  # None: any
+    dtype: str | None = None
+    has_loader: bool = False  # ours, which the way of the weights needs
 
 
 class Attached:
@@ -51,8 +52,8 @@ class Attached:
         while not is_healthy(self.endpoint):
             if time.monotonic() > deadline:
                 raise OpdError(
-                    f"rollout.urls: {self.endpoint.url} is not ready after {self._startup_timeout:.0f} s; start it as "
-                    "`megatron-opd check` says, or raise rollout.startup_timeout"
+                    f"{self._expected.section}.urls: {self.endpoint.url} is not ready after {self._startup_timeout:.0f} s; "
+                    "start it as `megatron-opd check` says, or raise rollout.startup_timeout"
                 )
             time.sleep(0.5)
         self._check()
@@ -81,13 +82,14 @@ class Attached:
         except EngineError as error:
             if ": 401 " in str(error):
                 raise OpdError(
-                    f"rollout.api_key_file: {self.endpoint.url} refuses the key; give the one it was started with"
+                    f"{self._expected.section}.api_key_file: {self.endpoint.url} refuses the key; give the one it was started "
+                    "with"
                 ) from error
             raise
         finally:
             client.close()
         for finding in _differences(model, server, cards, self._expected):
-            raise OpdError(f"rollout.urls: {self.endpoint.url} {finding}")
+            raise OpdError(f"{self._expected.section}.urls: {self.endpoint.url} {finding}")
 
 
 def _differences(
@@ -109,14 +111,14 @@ def _differences(
             for name in _SIZES
             if name in ours and theirs.get(name) != ours[name]
         ]
-    if server.get("tp_size") != expected.tp:
+    if expected.tp is not None and server.get("tp_size") != expected.tp:
         found.append(
             f"has tp_size {server.get('tp_size')}, but rollout.tp is {expected.tp}; set rollout.tp={server.get('tp_size')}"
         )
     for name in ("pp_size", "dp_size"):
         if server.get(name, 1) != 1:
             found.append(f"has {name} {server[name]}; start one server for each replica, with tensor parallelism alone")
-    if server.get("dtype") not in (expected.dtype, "auto"):
+    if expected.dtype is not None and server.get("dtype") not in (expected.dtype, "auto"):
         found.append(
             f"has dtype {server.get('dtype')}, but student.dtype is {expected.dtype}; start it with --dtype {expected.dtype}"
         )

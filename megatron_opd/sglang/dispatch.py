@@ -125,7 +125,8 @@ class _Dispatch(Generic[AnswerT]):
                     reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
                     model = f" of the {self.roster.model}" if self.roster else ""
                     raise EngineError(
-                        f"SGLang: no engine{model} is left ({reasons or 'none was given'}); see their logs, and start again from the last checkpoint"
+                        f"SGLang: no engine{model} is left ({reasons or 'none was given'}); see their logs, and start again "
+                        "from the last checkpoint"
                     )
                 self._assign()
                 try:

@@ -124,8 +124,15 @@ class Collective:
         """``parcels``: [bucket][engine rank]."""
         under_way: deque[list[Any]] = deque()
         digests: Digests = [[] for _ in range(self._tp)]
-        for bucket in parcels:
-            flats = [torch.empty(parcel.nbytes, dtype=torch.uint8, device=self._trainer.device) for parcel in bucket]
+        largest = [max(bucket[rank].nbytes for bucket in parcels) for rank in range(self._tp)]
+        buffers = [
+            [torch.empty(size, dtype=torch.uint8, device=self._trainer.device) for size in largest] for _ in range(_IN_FLIGHT)
+        ]
+        for number, bucket in enumerate(parcels):
+            while len(under_way) >= _IN_FLIGHT:
+                finish(under_way.popleft(), self._store, self._timeout)
+            mine = zip(buffers[number % _IN_FLIGHT], bucket, strict=True)
+            flats = [buffer[: parcel.nbytes] for buffer, parcel in mine]
             for name in bucket[0].names:
                 found, full = next(stream)
                 assert found == name
@@ -134,8 +141,6 @@ class Collective:
                     if check and part is not None:
                         own.append(digest(part))
             under_way.append([group.broadcast([flat]) for group, flat in zip(self._groups, flats, strict=True)])
-            while len(under_way) >= _IN_FLIGHT:
-                finish(under_way.popleft(), self._store, self._timeout)
         for works in under_way:
             finish(works, self._store, self._timeout)
         synchronize(self._trainer.device)

@@ -82,6 +82,13 @@ def test_70b_on_64_ranks_takes_seconds(big: Path, capsys: pytest.CaptureFixture[
     table.add("Advisor", "70B, 64 ranks", f"{seconds:.1f} s")
 
 
+def test_teacher_behind_servers_takes_nothing_of_the_ranks(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = ["teacher.backend=sglang", "teacher.urls=[http://10.0.0.7:30000]", "loss.opd=topk_forward_kl"]
+    here = check(capsys, big, "--gpus", "64", "--memory", "200GB", "loss.opd=topk_forward_kl")[1]
+    there = check(capsys, big, "--gpus", "64", "--memory", "200GB", *served)[1]
+    assert peak(here) - peak(there) > 70.55e9 * 2 / 32 / 2**30  # GiB: its share of the weights, bf16, tp8 x pp4
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -30,6 +30,7 @@ from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
 Errors = dict[str, float]
+SERVED = {"backend": "sglang", "urls": ["http://127.0.0.1:9"]}  # the audit asks no server
 REVERSE_KL = Objective(
     opd="reverse_kl",
     clip=None,
@@ -81,6 +82,7 @@ def checks_of(config: Config) -> list[Check]:
             12,
         ),
         ({"dp": 2}, {"mixture": {"student": 0, "teacher": 0, "gold": 1}, "reference": None}, 9),
+        ({"tp": 2}, {"teacher": SERVED, "loss": {"opd": "topk_forward_kl", "k": 7}}, 13),
     ],
     ids=[
         "one rank, bf16, top-k",
@@ -90,6 +92,7 @@ def checks_of(config: Config) -> list[Check]:
         "cp2",
         "ep2, teacher tp2, reference ep2 x cp2",
         "dp2, gold alone",
+        "tp2, top-k of a served teacher",
     ],
 )
 def test_audit_passes(

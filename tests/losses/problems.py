@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_opd.audit import oracle
 from megatron_opd.losses import distillation_loss, fused_linear_divergence, vocab_parallel_divergence
-from megatron_opd.types import LossOutput, Objective, OpdKind, PackedBatch
+from megatron_opd.types import LossOutput, Objective, OpdKind, PackedBatch, TokenScores
 
 PADDED_VOCAB = 24  # rows of every LM head: 12 a rank at TP2, 6 at TP4
 VOCABS = (24, 21, 11)  # no padding, padding on the last rank, ranks that hold nothing but padding
@@ -134,6 +134,38 @@ def sharded_objective(
         objective,
         teacher_hidden=problem.teacher_hidden,
         teacher_head=_rows(problem.teacher_head),
+        reference_hidden=problem.reference_hidden,
+        reference_head=_rows(problem.reference_head),
+        vocab_size=problem.vocab_size,
+        group=_group(),
+        stop_ids=stop_ids,
+        chunk_tokens=chunk_tokens,
+    )
+    output.loss.backward()
+    assert hidden.grad is not None and head.grad is not None
+    return Result(_detached(output), hidden.grad, head.grad)
+
+
+def token_scores(problem: Problem, objective: Objective, stop_ids: tuple[int, ...], width: int) -> TokenScores:
+    """What a server of the problem's teacher gives, in fp64, with its ``width`` likeliest ids."""
+    logits = problem.teacher_hidden @ problem.teacher_head[: problem.vocab_size].T
+    log_q = oracle.log_softmax(logits, objective.temperature)  # [T, V]
+    top = log_q.topk(width, -1)
+    stop = log_q[:, list(stop_ids)].logsumexp(-1) if stop_ids else torch.zeros(len(log_q), dtype=log_q.dtype)
+    return TokenScores(oracle.pick(log_q, problem.batch.labels), stop, top.indices, top.values)
+
+
+def served_objective(
+    problem: Problem, objective: Objective, chunk_tokens: int | None, stop_ids: tuple[int, ...], scores: TokenScores
+) -> Result:
+    """:func:`distillation_loss` on this rank's rows with ``scores`` in place of the teacher."""
+    hidden, head = problem.hidden.clone().requires_grad_(), _rows(problem.head).requires_grad_()
+    output = distillation_loss(
+        hidden,
+        head,
+        problem.batch,
+        objective,
+        teacher_scores=scores,
         reference_hidden=problem.reference_hidden,
         reference_head=_rows(problem.reference_head),
         vocab_size=problem.vocab_size,

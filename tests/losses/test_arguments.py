@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_opd.losses import distillation_loss, fused_linear_divergence, vocab_parallel_divergence
-from tests.losses.problems import OBJECTIVE, make_problem
+from tests.losses.problems import OBJECTIVE, make_problem, token_scores, with_objective
 
 PROBLEM = make_problem(24)
+SCORES = token_scores(PROBLEM, OBJECTIVE, (), width=3)
 
 
 def _fused(**changes: Any) -> Tensor:
@@ -87,6 +88,16 @@ def _objective(**changes: Any) -> None:
             {"batch": replace(PROBLEM.batch, labels=torch.full_like(PROBLEM.batch.labels, 24))},
             r"batch.labels: 24 is not among the vocabulary's 24 ids",
         ),
+        (
+            {"objective": with_objective(opd="topk_reverse_kl"), "teacher_scores": SCORES},
+            r"teacher_scores: topk_reverse_kl needs all of the teacher's logits; give teacher_hidden",
+        ),
+        ({"objective": with_objective(gated_forward_kl=0.5), "teacher_scores": SCORES}, r"teacher_scores: sampled needs all"),
+        (
+            {"objective": with_objective(opd="topk_forward_kl", k=4), "teacher_scores": SCORES},
+            r"teacher_scores: 3 ids a token, but topk_forward_kl needs 4",
+        ),
+        ({"teacher_scores": SCORES.at(slice(1, None))}, r"teacher_scores: 36 tokens, but hidden has 37"),
     ),
 )
 def test_objective_refuses(changes: dict[str, Any], message: str) -> None:

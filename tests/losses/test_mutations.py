@@ -22,6 +22,7 @@ class Mutation(NamedTuple):
 
 
 ORACLE = "tests/losses/test_oracle.py -k"
+SCORES = "tests/losses/test_scores.py -k"
 MUTATIONS = {
     "reverse KL's mean is forgotten": Mutation(
         "divergence.py", "constant=-mean, field=1.0", "constant=0.0, field=1.0", f"{ORACLE} 1-reverse_kl-fp32"
@@ -67,8 +68,8 @@ MUTATIONS = {
     ),
     "the temperature's own gradient is forgotten": Mutation(
         "chunk.py",
-        "(each / self.temperature for each in tokens[2:])",
-        "(each for each in tokens[2:])",
+        "(each / self.temperature for each in tokens.weights)",
+        "(each for each in tokens.weights)",
         f"{ORACLE} 1-reverse_kl-fp32",
     ),
     "the reference term pulls the wrong way": Mutation(
@@ -136,6 +137,24 @@ MUTATIONS = {
         "(rows.teacher_entropy > self.entropy_gate)",
         "(rows.teacher_entropy > -1)",
         "tests/losses/test_variants.py -k '1-EOPD'",
+    ),
+    "a served teacher's tail is left out": Mutation(
+        "chunk.py", "sums[3] = served.tail()", "pass", f"{SCORES} '1-topk_forward_kl'"
+    ),
+    "every rank owns all of a served teacher's ids": Mutation(
+        "top_k.py", "owned & self.log_probs.isfinite()", "self.log_probs.isfinite()", f"{SCORES} '2-topk_forward_kl-one'"
+    ),
+    "a served teacher's stop class does not count as one of the k": Mutation(
+        "top_k.py",
+        "log_probs[:, -1:].masked_fill(class_wins, -torch.inf)",
+        "log_probs[:, -1:]",
+        f"{SCORES} '1-local_support-one'",
+    ),
+    "a served teacher's end token counts by itself": Mutation(
+        "chunk.py",
+        "scores.stop_log_probs.where(in_class, scores.log_probs)",
+        "scores.log_probs",
+        f"{SCORES} '1-sampled-one'",
     ),
 }
 

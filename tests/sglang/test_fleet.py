@@ -143,7 +143,7 @@ def test_responses_that_a_pause_breaks_off_are_those_of_an_undisturbed_server(se
 
 
 def lose_and_regain_attached(model: str, endpoint: Endpoint, pid: int) -> dict[str, object]:
-    expected = Expected("student", HFFolder(model), 1, "float32", 60, has_loader=True)
+    expected = Expected("rollout", "student", HFFolder(model), 60, tp=1, dtype="float32", has_loader=True)
     fleet = Fleet(lambda: [Attached(endpoint, expected, 60.0)], ["student"], frozen=[], patience=START_UP_SECONDS)
     fleet.wait_until_ready()
     roster = fleet.roster("student")

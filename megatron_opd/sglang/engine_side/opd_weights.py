@@ -122,12 +122,14 @@ class Receiver:
         """One sender's buckets; the next one comes in while this one is put in its place."""
         received = 0
         waiting: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
-        for bucket in buckets:
-            flat = torch.empty(bucket["bytes"], dtype=torch.uint8, device=self._device)
-            waiting.append((bucket, flat, group.broadcast([flat])))
-            received += bucket["bytes"]
+        largest = max((bucket["bytes"] for bucket in buckets), default=0)
+        buffers = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(_IN_FLIGHT)]
+        for number, bucket in enumerate(buckets):
             if len(waiting) == _IN_FLIGHT:
                 self._put_when_here(*waiting.popleft())
+            flat = buffers[number % _IN_FLIGHT][: bucket["bytes"]]
+            waiting.append((bucket, flat, group.broadcast([flat])))
+            received += bucket["bytes"]
         for each in waiting:
             self._put_when_here(*each)
         return received
