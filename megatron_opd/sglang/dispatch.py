@@ -14,7 +14,7 @@ import httpx
 from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.roster import Roster
 
-_ATTEMPTS = 3  # failures of one request, whatever the engines; of different requests in a row, at one engine
+_ATTEMPTS = 3  # failures of one request, whatever the engines; of several requests one after the other, at one engine
 _CONNECT_SECONDS = 30.0
 _HEALTH_SECONDS = 25.0  # SGLang itself tries for 20
 _PAUSE_SECONDS = 0.2  # after a failure at an engine that is well
@@ -73,6 +73,7 @@ class _Failure:
     reason: str
     verdict: _Verdict
     reached: bool = True  # the engine had the request
+    sent_in: int = 0  # the engine's round
 
 
 @dataclass
@@ -81,6 +82,17 @@ class _Engine(Generic[AnswerT]):
     http: httpx.AsyncClient
     running: dict[asyncio.Task[AnswerT | _Failure], int] = field(default_factory=dict)  # → place of the request
     failed: set[int] = field(default_factory=set)  # requests, since its last success
+    strikes: int = 0  # likewise; requests that were in flight together and failed count once: a broken connection is no more
+    round: int = 0  # of the requests that are sent now; a strike begins the next one
+
+    def strike(self, place: int, sent_in: int) -> None:
+        self.failed.add(place)
+        if sent_in == self.round:
+            self.strikes, self.round = self.strikes + 1, self.round + 1
+
+    def succeed(self) -> None:
+        self.failed.clear()
+        self.strikes = 0
 
 
 class _Dispatch(Generic[AnswerT]):
@@ -107,10 +119,15 @@ class _Dispatch(Generic[AnswerT]):
             self._open(endpoint)
         try:
             while len(self.results) < len(self.asks):
+                if not self.engines:
+                    self._take_back()
                 if not self.engines and not (self.roster and self.roster.awaits_one_that_serves()):
                     reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
                     model = f" of the {self.roster.model}" if self.roster else ""
-                    raise EngineError(f"SGLang: no engine{model} is left ({reasons or 'none was given'})")
+                    raise EngineError(
+                        f"SGLang: no engine{model} is left ({reasons or 'none was given'}); see their logs, and start again "
+                        "from the last checkpoint"
+                    )
                 self._assign()
                 try:
                     async with asyncio.timeout(_POLL_SECONDS):
@@ -160,13 +177,15 @@ class _Dispatch(Generic[AnswerT]):
                 self._lose(engine, reason)
             case _Failure(reason, "refused"):
                 raise EngineError(reason)
-            case _Failure(reason):
-                engine.failed.add(place)
-                self._again(place, engine, reason)
-                if len(engine.failed) >= _ATTEMPTS:
+            case _Failure(reason, sent_in=sent_in):
+                engine.strike(place, sent_in)
+                if engine.strikes >= _ATTEMPTS and len(engine.failed) > 1:
+                    self.waiting.appendleft(place)
                     self._lose(engine, f"{len(engine.failed)} requests failed there in a row, the last one with: {reason}")
+                else:
+                    self._again(place, engine, reason)
             case answer:
-                engine.failed.clear()
+                engine.succeed()
                 self._keep(place, answer, engine)
 
     def _keep(self, place: int, answer: AnswerT, engine: _Engine[AnswerT]) -> None:
@@ -204,7 +223,7 @@ class _Dispatch(Generic[AnswerT]):
             self._again(place, engine, reason)
 
     async def _ask(self, place: int, engine: _Engine[AnswerT]) -> AnswerT | _Failure:
-        ask, name = self.asks[place], f"SGLang server {engine.endpoint.url}: /generate"
+        ask, sent_in, name = self.asks[place], engine.round, f"SGLang server {engine.endpoint.url}: /generate"
         try:
             async with asyncio.timeout(self.timeout):
                 answer = await engine.http.post("/generate", json=ask.body)
@@ -213,18 +232,18 @@ class _Dispatch(Generic[AnswerT]):
         except httpx.HTTPError as error:
             reason = f"{name}: {type(error).__name__}: {error}".rstrip(": ")
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            return _Failure(reason, await self._verdict(engine), reached)
+            return _Failure(reason, await self._verdict(engine), reached, sent_in)
         if answer.is_error:
             reason = f"{name}: {answer.status_code} {' '.join(answer.text.split())[:300]}"
             if answer.is_client_error and answer.status_code not in _BUSY:
                 return _Failure(reason, "refused")
-            return _Failure(reason, await self._verdict(engine))
+            return _Failure(reason, await self._verdict(engine), sent_in=sent_in)
         try:
             return ask.parse(answer.json(), engine.endpoint)
         except ValueError:
-            return _Failure(f"{name}: the answer is no JSON", await self._verdict(engine))
+            return _Failure(f"{name}: the answer is no JSON", await self._verdict(engine), sent_in=sent_in)
         except EngineError as error:
-            return _Failure(str(error), await self._verdict(engine))
+            return _Failure(str(error), await self._verdict(engine), sent_in=sent_in)
 
     async def _verdict(self, engine: _Engine[AnswerT]) -> Literal["lost", "failed"]:
         with suppress(httpx.HTTPError, TimeoutError):

@@ -63,7 +63,7 @@ class Server:
         self.spec = spec
         self.port = free_port(spec.host)
         self.url = f"http://{spec.host}:{self.port}"
-        self.api_key = secrets.token_urlsafe(24)
+        self.api_key = secrets.token_hex(24)  # of letters and digits: a dash in front would be an option
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         with spec.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -132,7 +132,7 @@ _CPU_ARGUMENTS: dict[str, Any] = {
 def start_by_hand(spec: ServerSpec, port: int, key_file: str | None) -> str:
     """The shell command for a server that a run attaches to."""
     environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in _environment(spec).items())
-    key = "" if key_file is None else f' --api-key "$(cat {shlex.quote(key_file)})"'
+    key = "" if key_file is None else f' --api-key="$(cat {shlex.quote(key_file)})"'
     return f"env {environment} {shlex.join(_command(spec, port, None))}{key}"
 
 

@@ -45,11 +45,18 @@ def test_failure_now_and_then_costs_an_attempt_and_no_engine(fault: str) -> None
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "half", "garbage", "no_logprobs"])
 def test_engine_that_always_fails_is_lost_although_it_says_that_it_is_well(fault: str) -> None:
-    with FaultyServer(lambda *_: fault) as faulty, FaultyServer() as good:
+    with FaultyServer(lambda *_: fault) as faulty, FaultyServer(seconds=0.5) as good:
         responses, lost = run(faulty, good)
         check_all_answered(responses)
         assert sorted(good.answered) == PROMPTS
-        assert list(lost) == [faulty.endpoint.url] and "3 requests failed there in a row" in lost[faulty.endpoint.url]
+        assert list(lost) == [faulty.endpoint.url] and "requests failed there in a row" in lost[faulty.endpoint.url]
+
+
+def test_the_only_engine_outlives_a_network_that_drops_all_connections_at_once() -> None:
+    with FaultyServer(lambda _, number: "reset" if number < 8 else "ok") as only:
+        responses, lost = run(only, in_flight=8)
+        check_all_answered(responses)
+        assert not lost and sorted(only.answered) == PROMPTS
 
 
 def test_engine_that_starts_anew_is_lost_at_its_first_failure() -> None:
