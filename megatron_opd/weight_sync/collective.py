@@ -48,6 +48,7 @@ class Collective:
 
     def form(self, members: Members | None) -> None:
         layout, first_rank = self._trainer.layout, self._first_rank
+        self.leave(None)
         self._generation += 1
         export = self._trainer.export()
         sends = layout.tp_rank == layout.cp_rank == layout.dp_rank == 0  # one rank of each stage
@@ -111,9 +112,10 @@ class Collective:
         if self._sender is not None:
             try:
                 digests = self._send_buckets(stream, plan.parcels[self._sender], check=check)
-            except (RuntimeError, TimeoutError) as error:
-                failure = " ".join(str(error).split())
-                self._store.set(ABORT, failure)
+            except Exception as error:
+                failure = " ".join(f"{type(error).__name__}: {error}".split())
+                with suppress(RuntimeError):  # the first rank's store may be what failed
+                    self._store.set(ABORT, failure)
         for _ in stream:
             pass
         return digests, failure

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_opd.mcore.hf_export import TensorInfo
 from megatron_opd.mcore.hf_mapping import Dimensions
-from megatron_opd.sglang.client import EngineError
+from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.weight_sync.delivery import Delivery, WeightsDiffer
 from megatron_opd.weight_sync.members import Members, Reports
-from megatron_opd.weight_sync.pieces import Piece, piece_of, unsent
+from megatron_opd.weight_sync.pieces import Piece, Shapes, piece_of, unsent
 
 Digests = list[list[list[int]]]  # [engine rank][piece]
 
@@ -88,13 +88,16 @@ def make_plan(
 
     Raises EngineError where an engine does not answer, or has other parameters than the first one.
     """
-    first, *others = [[report["parameters"] for report in engine] for engine in members.meet()]
+    met = members.meet()
+    first, *others = [[report["parameters"] for report in engine] for engine in met]
     for endpoint, other in zip(members.endpoints[1:], others, strict=True):
         if other != first:
             raise EngineError(
                 f"SGLang server {endpoint.url}: has other parameters than {members.endpoints[0].url}; start them alike"
             )
     shapes = [{name: shape for name, (shape, _) in each.items()} for each in first]
+    if any(report["up_first"] for engine in met for report in engine):  # their halves are swapped: let SGLang place them
+        shapes = [{name: shape for name, shape in each.items() if not name.endswith("w13_weight")} for each in shapes]
 
     def parcel(bucket: Sequence[TensorInfo], rank: int) -> Parcel:
         pieces = (piece_of(tensor, shapes[rank], rank, members.tp, dims) for tensor in bucket)
@@ -105,7 +108,20 @@ def make_plan(
         [[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes, alone_from)] for stream in streams
     ]
     plan = Plan(parcels, [], sum(size for each in first for _, size in each.values()) / len(first))
+    for rank in ranks:
+        _check_complete(plan, rank, shapes[rank], members.endpoints[0])
     return Plan(parcels, [list(unsent(plan.pieces(rank), shapes[rank])) for rank in ranks], plan.kept)
+
+
+def _check_complete(plan: Plan, rank: int, shapes: Shapes, endpoint: Endpoint) -> None:
+    """Raises EngineError with the first parameter that nothing is sent for, unless SGLang's own loader places some."""
+    targets = {piece.target for piece in plan.pieces(rank)}
+    missing = [name for name in shapes if name not in targets]
+    if missing and None not in targets:
+        raise EngineError(
+            f"SGLang server {endpoint.url}, rank {rank}: the student has nothing for its parameter {missing[0]}; "
+            "serve the student's own model"
+        )
 
 
 def buckets(tensors: Iterable[TensorInfo], limit: int, alone_from: int | None = None) -> list[list[TensorInfo]]:
