@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 import secrets
 import shlex
 import signal
@@ -24,6 +25,7 @@ _CPU_STAND_INS = Path(__file__).with_name("cpu")
 _ENGINE_SIDE = Path(__file__).with_name("engine_side")  # the loader of weights
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
 LOADER = "opd_weights.receive"
+_PORTS, _PORT_TRIES = (10_000, 32_768), 1000
 _LAST_LINES = 3  # of a log, in messages
 _OURS = {
     "model_path",
@@ -37,6 +39,7 @@ _OURS = {
     "random_seed",
     "custom_weight_loader",
 }
+_BEYOND_TP = {"pp_size", "dp_size", "enable_dp_attention", "moe_dense_tp_size", "nnodes", "node_rank", "dist_init_addr"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Server:
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         with spec.log.open("wb") as log:
             self._process = subprocess.Popen(
-                _command(spec, self.port, self.api_key),
+                _command(spec, self.port, self.api_key, free_port(spec.host)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -136,13 +139,14 @@ def start_by_hand(spec: ServerSpec, port: int, key_file: str | None) -> str:
     return f"env {environment} {shlex.join(_command(spec, port, None))}{key}"
 
 
-def _command(spec: ServerSpec, port: int, api_key: str | None) -> list[str]:
+def _command(spec: ServerSpec, port: int, api_key: str | None, nccl_port: int | None = None) -> list[str]:
     given = {
         "model_path": str(spec.model),
         "tp_size": spec.tp,
         "host": spec.host,
         "port": port,
         "api_key": api_key,
+        "nccl_port": nccl_port,  # its own choice may be taken by the time that it is used
         "dtype": spec.dtype,
         "device": spec.device,
         "random_seed": spec.seed,
@@ -189,6 +193,8 @@ def check_arguments(python: str, arguments: Mapping[str, Any]) -> None:
     for name in arguments:
         if name in _OURS:
             raise OpdError(f"rollout.sglang.{name}: set by the run itself; remove it")
+        if name in _BEYOND_TP:
+            raise OpdError(f"rollout.sglang.{name}: each server is one tensor-parallel group on one machine; remove it")
         if name not in known:
             raise OpdError(f"rollout.sglang.{name}: not a field of the ServerArgs in {source}; remove it")
 
@@ -219,6 +225,14 @@ def _fields(file: Path) -> set[str]:
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """One that a server may take much later: below those that the kernel gives to connections on their way out.
+
+    Raises OpdError where none is free.
+    """
+    draw = random.SystemRandom()
+    for _ in range(_PORT_TRIES):
+        port = draw.randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OpdError(f"rollout.host: no port between {_PORTS[0]} and {_PORTS[1]} is free at {host}; end what takes them")
