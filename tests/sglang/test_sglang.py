@@ -95,7 +95,11 @@ def test_server_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
 
 def test_arguments_are_checked_against_the_installed_package() -> None:
     check_arguments(str(PYTHON), {"mem_fraction_static": 0.5, "chunked_prefill_size": 64})
-    for name, words in {"mem_fraction": "not a field of the ServerArgs", "tp_size": "set by the run itself"}.items():
+    for name, words in {
+        "mem_fraction": "not a field of the ServerArgs",
+        "tp_size": "set by the run itself",
+        "dp_size": "each server is one",
+    }.items():
         with pytest.raises(OpdError, match=f"rollout.sglang.{name}: {words}"):
             check_arguments(str(PYTHON), {name: 1})
 
