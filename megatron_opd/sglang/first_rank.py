@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_opd.types import OpdError
+from megatron_opd.types import OpdError, RunStopped
 
 Result = TypeVar("Result")
+_Failure = tuple[type[Exception], str]
 _PATIENCE = timedelta(days=7)
 
 
@@ -30,21 +31,20 @@ class FirstRank:
         return dist.get_rank() == 0
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """The first rank's result on every rank; its OpdError too. Collective over the world."""
+        """The first rank's result on every rank; its OpdError and RunStopped too. Collective over the world."""
         cause: Exception | None = None
-        outcome: list[tuple[Result | None, str | None]] = [(None, None)]
+        outcome: list[tuple[Result | None, _Failure | None]] = [(None, None)]
         if self.here:
             try:
                 outcome = [(action(), None)]
-            except OpdError as error:
-                outcome = [(None, str(error))]
             except Exception as error:  # the other ranks wait for an outcome, whatever it is
                 cause = error
-                outcome = [(None, f"{type(error).__name__}: {error}")]
+                outcome = [(None, _failure(error))]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         result, failure = outcome[0]
         if failure is not None:
-            raise OpdError(failure) from cause
+            kind, message = failure
+            raise kind(message) from cause
         return result  # type: ignore[return-value]
 
     def everywhere(self, action: Callable[[], Result]) -> Result:
@@ -56,10 +56,11 @@ class FirstRank:
         try:
             result = action()
         except Exception as error:
-            failure, cause = str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}", error
+            failure, cause = _failure(error), error
         first = next((each for each in self.gather(failure) if each is not None), None)
         if first is not None:
-            raise OpdError(first) from cause
+            kind, message = first
+            raise kind(message) from cause
         return result  # type: ignore[return-value]
 
     def gather(self, value: Result) -> list[Result]:
@@ -67,3 +68,10 @@ class FirstRank:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _failure(error: Exception) -> _Failure:
+    """As what the other ranks raise it."""
+    if isinstance(error, RunStopped):
+        return RunStopped, str(error)
+    return OpdError, str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}"
