@@ -111,7 +111,7 @@ class RolloutConfig(_Section):
     # auto: ipc where colocated, else collective. disk: a folder in run.dir that the servers see too, where nothing else works.
     # native: whole tensors to every rank, by SGLang's own broadcast, for servers that were started without our loader.
     weight_sync: Literal["auto", "collective", "ipc", "native", "disk"] = "auto"
-    engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts
+    engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts; where the only one is lost in use, the run ends
     urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
     api_key_file: str | None = None  # of the servers at urls: a text file
     tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ import httpx
 
 from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.roster import Roster
+from megatron_opd.types import RunStopped
 
 _ATTEMPTS = 3  # failures of one request, whatever the engines; of several requests one after the other, at one engine
 _CONNECT_SECONDS = 30.0
@@ -53,8 +55,8 @@ def dispatch(
     """The answers in the order of the requests, and why each lost engine was lost, by its URL.
 
     Each request is answered once: a lost engine's are asked again, with their seeds, at once. An engine is lost that gives no
-    answer in time, is not healthy after a failure, or fails several requests in a row. Raises EngineError where no engine is
-    left, or a request is refused, or fails again and again.
+    answer in time, is not healthy after a failure, or fails several requests in a row. Raises RunStopped where no engine is
+    left, EngineError where a request is refused, or fails again and again.
 
     Args:
         in_flight: requests at each engine at once.
@@ -117,14 +119,16 @@ class _Dispatch(Generic[AnswerT]):
     async def run(self, endpoints: Sequence[Endpoint]) -> tuple[list[AnswerT], dict[str, str]]:
         for endpoint in endpoints:
             self._open(endpoint)
+        looked = time.monotonic()
         try:
             while len(self.results) < len(self.asks):
-                if not self.engines:
+                if not self.engines or time.monotonic() > looked + _POLL_SECONDS:
                     self._take_back()
+                    looked = time.monotonic()
                 if not self.engines and not (self.roster and self.roster.awaits_one_that_serves()):
                     reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
                     model = f" of the {self.roster.model}" if self.roster else ""
-                    raise EngineError(
+                    raise RunStopped(
                         f"SGLang: no engine{model} is left ({reasons or 'none was given'}); see their logs, and start again "
                         "from the last checkpoint"
                     )
@@ -133,9 +137,8 @@ class _Dispatch(Generic[AnswerT]):
                     async with asyncio.timeout(_POLL_SECONDS):
                         engine, task = await self.finished.get()
                 except TimeoutError:
-                    self._take_back()
-                else:
-                    self._settle(engine, task)
+                    continue
+                self._settle(engine, task)
         finally:
             await self._close()
         return [self.results[place] for place in range(len(self.asks))], self.lost
@@ -143,7 +146,9 @@ class _Dispatch(Generic[AnswerT]):
     def _open(self, endpoint: Endpoint) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx.Timeout(None, connect=min(_CONNECT_SECONDS, self.timeout))
-        http = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=patience, limits=limits)
+        http = httpx.AsyncClient(
+            base_url=endpoint.url, headers=endpoint.headers, timeout=patience, limits=limits, trust_env=False
+        )
         self.clients.append(http)
         self.engines[endpoint.url] = _Engine(endpoint, http)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_opd.types import OpdError
+from megatron_opd.types import OpdError, RunStopped
 
 Result = TypeVar("Result")
 _PATIENCE = timedelta(days=7)
@@ -31,7 +31,7 @@ class FirstRank:
         return dist.get_rank() == 0
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """The first rank's result on every rank; its OpdError too, of its own class. Collective over the world."""
+        """The first rank's result on every rank; its OpdError and RunStopped as such. Collective over the world."""
         result, failure, cause = _attempt(action) if self.here else (None, None, None)
         outcome: list[tuple[Result | None, _Failure | None]] = [(result, failure)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
@@ -62,17 +62,17 @@ class FirstRank:
 class _Failure:
     """What travels of an exception."""
 
-    kind: type[OpdError]
+    kind: type[OpdError | RunStopped]
     message: str
 
-    def error(self) -> OpdError:
+    def error(self) -> OpdError | RunStopped:
         return self.kind(self.message)
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[Result | None, _Failure | None, Exception | None]:
     try:
         return action(), None, None
-    except OpdError as error:
+    except (OpdError, RunStopped) as error:
         return None, _Failure(type(error), str(error)), error
     except Exception as error:  # the other ranks wait for an outcome, whatever it is
         return None, _Failure(OpdError, f"{type(error).__name__}: {error}"), error

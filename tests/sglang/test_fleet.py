@@ -15,12 +15,13 @@ import pytest
 
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.sglang.attached import Attached, Expected
-from megatron_opd.sglang.client import Client, Endpoint, EngineError, Generated
+from megatron_opd.sglang.client import Client, Endpoint, Generated
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.fleet import Fleet
 from megatron_opd.sglang.launched import launch
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server
+from megatron_opd.types import RunStopped
 from tests.sglang.conftest import START_UP_SECONDS, spec
 from tests.sglang.test_sglang import greedy
 from tests.worker_pool import WorkerPool
@@ -151,7 +152,7 @@ def lose_and_regain_attached(model: str, endpoint: Endpoint, pid: int) -> dict[s
     os.killpg(pid, signal.SIGSTOP)
     try:
         dispatch(asks(), roster.serving(), in_flight=8, timeout=5.0, roster=roster)
-    except EngineError as error:
+    except RunStopped as error:
         seen["message"] = str(error)
     finally:
         os.killpg(pid, signal.SIGCONT)
