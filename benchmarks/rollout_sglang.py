@@ -85,7 +85,9 @@ def _ours(bodies: Bodies, endpoint: Endpoint, in_flight: int) -> float:
 
 async def _straight(bodies: Sequence[dict[str, Any]], endpoint: Endpoint) -> float:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=600.0, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=endpoint.url, headers=endpoint.headers, timeout=600.0, limits=limits, trust_env=False
+    ) as client:
         start = time.perf_counter()
         answers = await asyncio.gather(*(client.post("/generate", json=body) for body in bodies))
         seconds = time.perf_counter() - start

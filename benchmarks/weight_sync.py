@@ -3,7 +3,7 @@
     python -m benchmarks.weight_sync --python .venv-sglang/bin/python [--trainer tp2] [--engine-tp 2] [--models small wide]
 
 Bare broadcast: as many processes as there are engine ranks receive from the sender what each of them keeps, each in a group of
-two, in buckets of the same size. Ours: a whole push but for the probe; the first one, which has digests, is left out. The three
+two and in one piece. Ours: a whole push but for the probe; the first one, which has digests, is left out. The three
 alternate within each repeat; the median of the ratios is printed.
 """
 
@@ -146,7 +146,7 @@ class _Floor:
     def __init__(self, measurement: Measurement, member: int) -> None:
         """``member``: 0 sends, the others receive."""
         tp, port = measurement.engine_tp, measurement.ports[1]
-        self._bucket = max(1, measurement.bucket_bytes // tp)
+        self._known = torch.empty(0, dtype=torch.uint8)
         self._store = dist.TCPStore(HOST, port, is_master=member == 0, wait_for_workers=False)
         pairs = range(1, 1 + tp) if member == 0 else [member]
         self._groups = [process_group("gloo", self._store, str(pair), int(member > 0), 2, 300.0) for pair in pairs]
@@ -155,11 +155,17 @@ class _Floor:
         """Seconds for ``size`` bytes to each receiver; 0 ends the receivers."""
         announced = torch.tensor([size])
         finish([group.broadcast([announced]) for group in self._groups], self._store, 300.0)
-        data = torch.ones(size, dtype=torch.uint8)
+        data = self._memory(size)
         start = time.perf_counter()
-        for part in data.split(self._bucket) if size else ():
-            finish([group.broadcast([part]) for group in self._groups], self._store, 300.0)
+        if size:
+            finish([group.broadcast([data]) for group in self._groups], self._store, 300.0)
         return time.perf_counter() - start
+
+    def _memory(self, size: int) -> torch.Tensor:
+        """[size] uint8, the same each time, as a model's weights are."""
+        if len(self._known) != size:
+            self._known = torch.ones(size, dtype=torch.uint8)
+        return self._known
 
     def receive(self) -> None:
         (group,) = self._groups
@@ -168,8 +174,7 @@ class _Floor:
             group.broadcast([announced]).wait()
             if not announced.item():
                 return
-            for part in torch.empty(int(announced), dtype=torch.uint8).split(self._bucket):
-                group.broadcast([part]).wait()
+            group.broadcast([self._memory(int(announced))]).wait()
 
 
 def _copy(size: int) -> float:

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import Config, load_config
+from megatron_opd.config import Config
+from megatron_opd.config_file import load_config
 from megatron_opd.types import OpdError, RunStopped
 
 if TYPE_CHECKING:

@@ -50,11 +50,14 @@ def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: T
     served: dict[str, SGLangEngine] = {}
     for name, folder in inputs.teachers.items() if config.teacher_writes else ():
         if servers is not None and name in config.sglang_teachers:
-            writers[name] = served[name] = _served(config, inputs, servers, teacher_servers(name), folder, frozen=True)
+            attached = bool(config.all_teachers[name].urls)
+            engine = _served(config, inputs, servers, teacher_servers(name), folder, frozen=True, attached=attached)
+            writers[name] = served[name] = engine
         else:
             writers[name] = _embed(config, inputs, platform, folder.path, load=True)
     if config.samples and servers is not None and config.rollout.backend == "sglang":
-        own = _served(config, inputs, servers, STUDENT, inputs.student, frozen=False)
+        attached = bool(config.rollout.urls)
+        own = _served(config, inputs, servers, STUDENT, inputs.student, frozen=False, attached=attached)
         student, weight_sync = own, _sync(config, inputs, platform, trainer, servers, own)
         teachers = RoutedEngine({name: each.here for name, each in served.items()}, inputs.teacher_stop_ids)
         beside = Beside(servers.first_rank, Writers(own.here, teachers if served else None))
@@ -77,18 +80,22 @@ def _embed(config: Config, inputs: Inputs, platform: Platform, folder: Path, *, 
     )
 
 
-def _served(config: Config, inputs: Inputs, servers: Fleet, name: str, folder: HFFolder, *, frozen: bool) -> SGLangEngine:
-    rollout = config.rollout
+def _served(
+    config: Config, inputs: Inputs, servers: Fleet, name: str, folder: HFFolder, *, frozen: bool, attached: bool
+) -> SGLangEngine:
+    rollout, roster = config.rollout, servers.roster(name)
+    # Servers that somebody else started keep their memory: they may have other users, and no copy of their weights.
+    shares = rollout.placement == "colocated" and not attached
     return SGLangEngine(
         servers.first_rank,
-        servers.roster(name),
+        roster,
         inputs.tokenizer,
         context=folder.config.max_position_embeddings,
         vocab_size=folder.config.vocab_size,
         in_flight=rollout.max_batch_size,
         timeout=rollout.request_timeout,
         frozen=frozen,
-        residence=Residence(rollout.request_timeout) if rollout.placement == "colocated" else None,
+        residence=Residence(rollout.request_timeout, roster) if shares else None,
     )
 
 

@@ -23,6 +23,7 @@ from megatron_opd.sglang.server import ServerSpec, start_by_hand
 
 STUDENT = "student"
 _HTTP_PORT = 80
+_NOTICE_SECONDS = 10.0  # in which a start that took too long is noticed and the next one begins
 
 
 def teacher_servers(name: str) -> str:
@@ -53,7 +54,8 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
         return [*attached, *launched]
 
     frozen = [teacher_servers(name) for name in teachers]
-    fleet = Fleet(open_places, [*([STUDENT] if of_student else []), *frozen], frozen=frozen, patience=rollout.startup_timeout)
+    models = [*([STUDENT] if of_student else []), *frozen]
+    fleet = Fleet(open_places, models, frozen=frozen, patience=rollout.startup_timeout + _NOTICE_SECONDS)
     if rollout.urls or any(teacher.urls for teacher in teachers.values()):
         fleet.wait_until_ready()  # a server that does not fit is refused before any model is built
     return fleet

@@ -50,10 +50,12 @@ class System:
 
     def close(self) -> None:
         """End what runs beside this process."""
-        if self.weight_sync is not None:
-            self.weight_sync.leave()
-        if self.servers is not None:
-            self.servers.stop()
+        try:
+            if self.weight_sync is not None:
+                self.weight_sync.leave()
+        finally:
+            if self.servers is not None:
+                self.servers.stop()
 
 
 def build_system(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> System:

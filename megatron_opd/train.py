@@ -23,6 +23,7 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.monitoring.lag import policy_lag
 from megatron_opd.preflight import Inputs, prepare
 from megatron_opd.reporter import Reporter
+from megatron_opd.rollout.versions import check_versions
 from megatron_opd.saver import Saver
 from megatron_opd.setup import System, build_system
 from megatron_opd.types import (
@@ -77,6 +78,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
                 if config.rollout.lag and state.step + 1 < config.run.steps:
                     system.rollouts.begin_next(state)  # with the weights of now, while this step is scored and trained
                 system.sleep_engines()
+            check_versions(rollouts, state.policy_version, config.rollout.lag)
             lag = policy_lag(rollouts, state.policy_version)
             alarms = system.monitors.observe(state.step + 1, rollouts)
             shares = pack(
@@ -98,7 +100,8 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
             system.rollouts.settle()
         with clock.phase("weight_sync"):
             sync = None
-            if system.weight_sync and (not stats.skipped or config.rollout.placement == "colocated"):  # asleep, it forgot them
+            # After a skipped step too: servers that slept forgot the weights, and those that came back never had them.
+            if system.weight_sync and (not stats.skipped or config.rollout.backend == "sglang"):
                 state.policy_version += not stats.skipped
                 sync = system.weight_sync.push(state.policy_version)
 
@@ -173,19 +176,24 @@ def _evaluate_start(config: Config, inputs: Inputs, system: System, state: Train
         return
     record = _evaluate(config, inputs, system.engine, state, "before")
     if config.eval.teacher and system.teacher_engine is not None:
-        _evaluate(config, inputs, system.teacher_engine, state, "teacher")
+        _evaluate(config, inputs, system.teacher_engine, state, "teacher", frozen=True)
         record["eval/teacher_accuracy"] = state.evaluations["teacher"]
     reporter.start(state, record)
 
 
 def _evaluate(
-    config: Config, inputs: Inputs, engine: RolloutEngine | None, state: TrainState, name: str
+    config: Config, inputs: Inputs, engine: RolloutEngine | None, state: TrainState, name: str, *, frozen: bool = False
 ) -> dict[str, float | None]:
-    """Evaluate on the held-out prompts, with the same draws each time; the accuracy is kept in ``state`` under ``name``."""
+    """Evaluate on the held-out prompts, with the same draws each time; the accuracy is kept in ``state`` under ``name``.
+
+    ``frozen``: not the student. Raises OpdError where other weights than the student's of now wrote.
+    """
     assert config.eval is not None and engine is not None
     new_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
     sampling = SamplingParams(config.eval.temperature, 1.0, new_tokens, inputs.stop_ids, inputs.loss_vocab_size)
     result = evaluate(engine, inputs.heldout, sampling, config.run.seed)
+    if not frozen:
+        check_versions(result.rollouts, state.policy_version, lag=0)
     assert result.accuracy is not None  # preflight refuses held-out prompts without answers
     state.evaluations[name] = result.accuracy
     return {

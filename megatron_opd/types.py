@@ -25,7 +25,7 @@ class OpdError(Exception):
 
 
 class RunStopped(Exception):
-    """The run cannot usefully go on: too many non-finite steps, or an alarm that asks to stop. One line; exit code 1."""
+    """The run cannot usefully go on: non-finite steps, an alarm that asks to stop, no engine left. One line; exit code 1."""
 
 
 class Source(StrEnum):

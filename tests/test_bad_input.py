@@ -240,6 +240,14 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         both(put("teacher.backend", "sglang"), put("teacher.urls", ["10.0.0.7:30000"])),
         ["teacher.urls", "'10.0.0.7:30000'", "http://"],
     ),
+    "a teacher's URL with a path": (
+        both(put("teacher.backend", "sglang"), put("teacher.urls", ["http://10.0.0.7:30000/v1"])),
+        ["teacher.urls", "/v1", "http://10.0.0.7:30000"],
+    ),
+    "a teacher's server twice": (
+        both(put("teacher.backend", "sglang"), put("teacher.urls", ["http://h:1", "http://h:1/"])),
+        ["teacher.urls", "http://h:1", "twice"],
+    ),
     "key without URLs": (put("teacher.api_key_file", "key"), ["teacher.api_key_file", "teacher.urls is empty"]),
     "no such key file": (
         both(
@@ -337,6 +345,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         both(attached(), put("rollout.lag", 1), put("mixture.student", 0)),
         ["rollout.lag", "mixture.student", "rollout.lag=0"],
     ),
+    "a teacher that writes ahead alone": (
+        both(attached(), put("rollout.lag", 1), put("mixture.student", 0), put("mixture.teacher", 1)),
+        ["rollout.lag", "mixture.student", "rollout.lag=0"],
+    ),
     "more than a step ahead": (put("rollout.lag", 2), ["rollout.lag", "2", "1"]),
     "restarts below 0": (put("rollout.max_restarts", -1), ["rollout.max_restarts", "-1"]),
     "damaged checkpoint": (damaged_checkpoint, ["checkpoint.resume", "iter_0000002, common.pt is missing", "delete them"]),
@@ -412,7 +424,7 @@ def test_override_without_a_value_is_refused(good: tuple[Path, dict[str, Any]], 
 
 def test_the_checked_vocabulary_is_the_shared_one(good: tuple[Path, dict[str, Any]]) -> None:
     """53 rows in the student and 59 in the teacher: the loss and the engines know 53 ids."""
-    from megatron_opd.config import validate_config
+    from megatron_opd.config_file import validate_config
     from megatron_opd.mcore.platform import Platform
 
     inputs = preflight.prepare(validate_config(copy.deepcopy(good[1])), Platform.detect(), world_size=2)

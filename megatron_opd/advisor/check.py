@@ -13,7 +13,8 @@ from megatron_opd.advisor.plan import Plan
 from megatron_opd.advisor.planner import Planner
 from megatron_opd.advisor.render import render
 from megatron_opd.advisor.sizes import gib, parse_bytes
-from megatron_opd.config import Config, load_config
+from megatron_opd.config import Config
+from megatron_opd.config_file import load_config
 from megatron_opd.types import OpdError
 
 

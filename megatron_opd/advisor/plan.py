@@ -18,7 +18,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class EngineBytes:
-    """The embedded engines of a rank: whole models, not shards. Or the share of SGLang's servers, all in ``weights``."""
+    """The embedded engines of a rank: whole models, not shards. Or SGLang's share: weights, or cache where servers sleep."""
 
     weights: int
     cache: int  # of keys and values, at the most; of one engine at a time

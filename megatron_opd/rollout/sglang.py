@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from megatron_opd.rollout.progress import Progress
 from megatron_opd.rollout.responses import whole_response
-from megatron_opd.sglang.client import Generated, generation
+from megatron_opd.sglang.client import EngineError, Generated, generation
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.residence import Residence
@@ -50,7 +51,7 @@ class SGLangEngine:
         self._figures: dict[str, float | None] = {}
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
-        """Raises OpdError, on every rank: a prompt leaves no room, no server is left, or one answered with other weights."""
+        """Raises, on every rank, RunStopped where no server is left, OpdError where a prompt leaves no room or is refused."""
         return self._first_rank.run(lambda: self._generate(requests, sampling))
 
     @property
@@ -60,18 +61,27 @@ class SGLangEngine:
 
     def sleep(self) -> None:
         """Their memory is the training's until the next :meth:`generate`; the student's weights, until the next push."""
-        residence = self.residence
-        if residence is not None:
-            self._first_rank.run(lambda: residence.release(self.roster.serving()))
+        if self.residence is not None:
+            self._first_rank.run(self._release)
 
     def figures(self) -> dict[str, float | None]:
         """Of the last :meth:`generate`; on the first rank, empty elsewhere."""
         return dict(self._figures)
 
+    def _release(self) -> None:
+        assert self.residence is not None
+        with suppress(EngineError):  # of those that are lost; the run goes on with the others
+            self.residence.release(self.roster.serving())
+
+    def _resume(self) -> None:
+        assert self.residence is not None
+        with suppress(EngineError):
+            self.residence.resume(self.roster.serving())
+
     def _generate(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
         asks = [self._ask(request, sampling) for request in requests]
         if self.residence is not None:
-            self.residence.resume(self.roster.serving())
+            self._resume()
         progress = Progress([self._lengths.get(request.prompt.uid) for request in requests])
         responses, _ = dispatch(
             asks,

@@ -75,7 +75,8 @@ class SGLangScorer:
     def verify(self, sequences: Sequence[Sequence[int]]) -> None:
         """Every server answers, and not as one without weights; ``sequences`` are of two tokens or more.
 
-        Collective over the world. Raises OpdError that names the server.
+        Collective over the world. Raises, with the server's name, RunStopped where one is lost, OpdError where one has no
+        weights.
         """
 
         def probe() -> float:
@@ -88,11 +89,11 @@ class SGLangScorer:
                     mass = max(mass, float(answer.given[:, len(self._stop_ids) :].exp().sum(1).max()))
             return mass
 
-        if self._first_rank.run(probe) < _NEGLIGIBLE:
+        if self._first_rank.run(probe) < _NEGLIGIBLE and sequences:  # unmeasured, the mass is asked for
             self._unshared = ()
 
     def score(self, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
-        """Raises OpdError, on every rank: no server is left, or one answers as without weights."""
+        """Raises, on every rank, RunStopped where no server is left, OpdError where one answers as without weights."""
         batches = list(chain.from_iterable(shares))
         responses = [response for number, batch in enumerate(batches) for response in self._responses(number, batch)]
         scored = self._first_rank.run(lambda: self._request(responses))

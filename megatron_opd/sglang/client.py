@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ def read_key(section: str, path: str) -> str:
 @dataclass(frozen=True)
 class Endpoint:
     url: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     life: int = 0  # how often a server that is not ours came back there: it has nothing of what the one before was given
 
     @property
@@ -102,14 +102,6 @@ def continuation(body: dict[str, Any], written: Generated) -> dict[str, Any]:
     }
 
 
-def parse_generated(body: dict[str, Any], endpoint: Endpoint) -> Generated:
-    """Raises EngineError for an answer that is no whole response."""
-    generated = parse_part(body, endpoint)
-    if generated.finish == "abort":
-        raise EngineError(f"SGLang server {endpoint.url}: /generate ended with {body['meta_info']['finish_reason']}")
-    return generated
-
-
 def parse_part(body: dict[str, Any], endpoint: Endpoint) -> Generated:
     """A response, or the beginning of one. Raises EngineError for an answer that is neither."""
     try:
@@ -134,9 +126,10 @@ def parse_part(body: dict[str, Any], endpoint: Endpoint) -> Generated:
 def is_healthy(endpoint: Endpoint, timeout: float = 5.0) -> bool:
     """Whether the server says so within ``timeout`` seconds."""
     try:
-        return httpx.get(f"{endpoint.url}/health", headers=endpoint.headers, timeout=timeout).status_code == httpx.codes.OK
+        answer = httpx.get(f"{endpoint.url}/health", headers=endpoint.headers, timeout=timeout, trust_env=False)
     except httpx.HTTPError:
         return False
+    return answer.status_code == httpx.codes.OK
 
 
 class Client:
@@ -144,7 +137,8 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self.endpoint, self._timeout = endpoint, timeout
-        self._http = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout)
+        # Servers are reached directly: a proxy of the environment would see the key.
+        self._http = httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=timeout, trust_env=False)
 
     def get(self, path: str) -> dict[str, Any]:
         return self._call("GET", path, None)

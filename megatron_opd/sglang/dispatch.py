@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,8 +14,9 @@ import httpx
 
 from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.roster import Roster
+from megatron_opd.types import RunStopped
 
-_ATTEMPTS = 3  # failures of one request, whatever the engines; of different requests in a row, at one engine
+_ATTEMPTS = 3  # failures of one request, whatever the engines; of several requests one after the other, at one engine
 _CONNECT_SECONDS = 30.0
 _HEALTH_SECONDS = 25.0  # SGLang itself tries for 20
 _PAUSE_SECONDS = 0.2  # after a failure at an engine that is well
@@ -53,8 +55,8 @@ def dispatch(
     """The answers in the order of the requests, and why each lost engine was lost, by its URL.
 
     Each request is answered once: a lost engine's are asked again, with their seeds, at once. An engine is lost that gives no
-    answer in time, is not healthy after a failure, or fails several requests in a row. Raises EngineError where no engine is
-    left, or a request is refused, or fails again and again.
+    answer in time, is not healthy after a failure, or fails several requests in a row. Raises RunStopped where no engine is
+    left, EngineError where a request is refused, or fails again and again.
 
     Args:
         in_flight: requests at each engine at once.
@@ -73,6 +75,7 @@ class _Failure:
     reason: str
     verdict: _Verdict
     reached: bool = True  # the engine had the request
+    sent_in: int = 0  # the engine's round
 
 
 @dataclass
@@ -81,6 +84,17 @@ class _Engine(Generic[AnswerT]):
     http: httpx.AsyncClient
     running: dict[asyncio.Task[AnswerT | _Failure], int] = field(default_factory=dict)  # → place of the request
     failed: set[int] = field(default_factory=set)  # requests, since its last success
+    strikes: int = 0  # likewise; requests that were in flight together and failed count once: a broken connection is no more
+    round: int = 0  # of the requests that are sent now; a strike begins the next one
+
+    def strike(self, place: int, sent_in: int) -> None:
+        self.failed.add(place)
+        if sent_in == self.round:
+            self.strikes, self.round = self.strikes + 1, self.round + 1
+
+    def succeed(self) -> None:
+        self.failed.clear()
+        self.strikes = 0
 
 
 class _Dispatch(Generic[AnswerT]):
@@ -105,20 +119,26 @@ class _Dispatch(Generic[AnswerT]):
     async def run(self, endpoints: Sequence[Endpoint]) -> tuple[list[AnswerT], dict[str, str]]:
         for endpoint in endpoints:
             self._open(endpoint)
+        looked = time.monotonic()
         try:
             while len(self.results) < len(self.asks):
+                if not self.engines or time.monotonic() > looked + _POLL_SECONDS:
+                    self._take_back()
+                    looked = time.monotonic()
                 if not self.engines and not (self.roster and self.roster.awaits_one_that_serves()):
                     reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
                     model = f" of the {self.roster.model}" if self.roster else ""
-                    raise EngineError(f"SGLang: no engine{model} is left ({reasons or 'none was given'})")
+                    raise RunStopped(
+                        f"SGLang: no engine{model} is left ({reasons or 'none was given'}); see their logs, and start again "
+                        "from the last checkpoint"
+                    )
                 self._assign()
                 try:
                     async with asyncio.timeout(_POLL_SECONDS):
                         engine, task = await self.finished.get()
                 except TimeoutError:
-                    self._take_back()
-                else:
-                    self._settle(engine, task)
+                    continue
+                self._settle(engine, task)
         finally:
             await self._close()
         return [self.results[place] for place in range(len(self.asks))], self.lost
@@ -126,7 +146,9 @@ class _Dispatch(Generic[AnswerT]):
     def _open(self, endpoint: Endpoint) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx.Timeout(None, connect=min(_CONNECT_SECONDS, self.timeout))
-        http = httpx.AsyncClient(base_url=endpoint.url, headers=endpoint.headers, timeout=patience, limits=limits)
+        http = httpx.AsyncClient(
+            base_url=endpoint.url, headers=endpoint.headers, timeout=patience, limits=limits, trust_env=False
+        )
         self.clients.append(http)
         self.engines[endpoint.url] = _Engine(endpoint, http)
 
@@ -160,13 +182,15 @@ class _Dispatch(Generic[AnswerT]):
                 self._lose(engine, reason)
             case _Failure(reason, "refused"):
                 raise EngineError(reason)
-            case _Failure(reason):
-                engine.failed.add(place)
-                self._again(place, engine, reason)
-                if len(engine.failed) >= _ATTEMPTS:
+            case _Failure(reason, sent_in=sent_in):
+                engine.strike(place, sent_in)
+                if engine.strikes >= _ATTEMPTS and len(engine.failed) > 1:
+                    self.waiting.appendleft(place)
                     self._lose(engine, f"{len(engine.failed)} requests failed there in a row, the last one with: {reason}")
+                else:
+                    self._again(place, engine, reason)
             case answer:
-                engine.failed.clear()
+                engine.succeed()
                 self._keep(place, answer, engine)
 
     def _keep(self, place: int, answer: AnswerT, engine: _Engine[AnswerT]) -> None:
@@ -204,7 +228,7 @@ class _Dispatch(Generic[AnswerT]):
             self._again(place, engine, reason)
 
     async def _ask(self, place: int, engine: _Engine[AnswerT]) -> AnswerT | _Failure:
-        ask, name = self.asks[place], f"SGLang server {engine.endpoint.url}: /generate"
+        ask, sent_in, name = self.asks[place], engine.round, f"SGLang server {engine.endpoint.url}: /generate"
         try:
             async with asyncio.timeout(self.timeout):
                 answer = await engine.http.post("/generate", json=ask.body)
@@ -213,18 +237,18 @@ class _Dispatch(Generic[AnswerT]):
         except httpx.HTTPError as error:
             reason = f"{name}: {type(error).__name__}: {error}".rstrip(": ")
             reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            return _Failure(reason, await self._verdict(engine), reached)
+            return _Failure(reason, await self._verdict(engine), reached, sent_in)
         if answer.is_error:
             reason = f"{name}: {answer.status_code} {' '.join(answer.text.split())[:300]}"
             if answer.is_client_error and answer.status_code not in _BUSY:
                 return _Failure(reason, "refused")
-            return _Failure(reason, await self._verdict(engine))
+            return _Failure(reason, await self._verdict(engine), sent_in=sent_in)
         try:
             return ask.parse(answer.json(), engine.endpoint)
         except ValueError:
-            return _Failure(f"{name}: the answer is no JSON", await self._verdict(engine))
+            return _Failure(f"{name}: the answer is no JSON", await self._verdict(engine), sent_in=sent_in)
         except EngineError as error:
-            return _Failure(str(error), await self._verdict(engine))
+            return _Failure(str(error), await self._verdict(engine), sent_in=sent_in)
 
     async def _verdict(self, engine: _Engine[AnswerT]) -> Literal["lost", "failed"]:
         with suppress(httpx.HTTPError, TimeoutError):

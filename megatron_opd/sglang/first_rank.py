@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_opd.types import OpdError
+from megatron_opd.types import OpdError, RunStopped
 
 Result = TypeVar("Result")
 _PATIENCE = timedelta(days=7)
@@ -30,21 +31,13 @@ class FirstRank:
         return dist.get_rank() == 0
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """The first rank's result on every rank; its OpdError too. Collective over the world."""
-        cause: Exception | None = None
-        outcome: list[tuple[Result | None, str | None]] = [(None, None)]
-        if self.here:
-            try:
-                outcome = [(action(), None)]
-            except OpdError as error:
-                outcome = [(None, str(error))]
-            except Exception as error:  # the other ranks wait for an outcome, whatever it is
-                cause = error
-                outcome = [(None, f"{type(error).__name__}: {error}")]
+        """The first rank's result on every rank; its OpdError and RunStopped as such. Collective over the world."""
+        result, failure, cause = _attempt(action) if self.here else (None, None, None)
+        outcome: list[tuple[Result | None, _Failure | None]] = [(result, failure)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         result, failure = outcome[0]
         if failure is not None:
-            raise OpdError(failure) from cause
+            raise failure.error() from cause
         return result  # type: ignore[return-value]
 
     def everywhere(self, action: Callable[[], Result]) -> Result:
@@ -52,14 +45,10 @@ class FirstRank:
 
         ``action`` itself is not collective over the world, or is on all ranks alike, whatever fails.
         """
-        result, failure, cause = None, None, None
-        try:
-            result = action()
-        except Exception as error:
-            failure, cause = str(error) if isinstance(error, OpdError) else f"{type(error).__name__}: {error}", error
+        result, failure, cause = _attempt(action)
         first = next((each for each in self.gather(failure) if each is not None), None)
         if first is not None:
-            raise OpdError(first) from cause
+            raise first.error() from cause
         return result  # type: ignore[return-value]
 
     def gather(self, value: Result) -> list[Result]:
@@ -67,3 +56,23 @@ class FirstRank:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What travels of an exception."""
+
+    kind: type[OpdError | RunStopped]
+    message: str
+
+    def error(self) -> OpdError | RunStopped:
+        return self.kind(self.message)
+
+
+def _attempt(action: Callable[[], Result]) -> tuple[Result | None, _Failure | None, Exception | None]:
+    try:
+        return action(), None, None
+    except (OpdError, RunStopped) as error:
+        return None, _Failure(type(error), str(error)), error
+    except Exception as error:  # the other ranks wait for an outcome, whatever it is
+        return None, _Failure(OpdError, f"{type(error).__name__}: {error}"), error

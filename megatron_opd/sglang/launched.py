@@ -102,3 +102,5 @@ class Launched:
         except OSError as error:
             self._given_up = True
             roster.give_up(lost, f"it cannot be started ({error})")
+        else:
+            roster.restarted(lost)

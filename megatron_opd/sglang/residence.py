@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from megatron_opd.sglang.client import Client, Endpoint, EngineError
+from megatron_opd.sglang.roster import Roster
 
 Kind = Literal["weights", "kv_cache", "cuda_graph"]
 _ALL: tuple[Kind, ...] = ("weights", "kv_cache", "cuda_graph")
@@ -17,20 +18,24 @@ _IDLE_SECONDS, _POLL_SECONDS = 30.0, 0.1
 class Residence:
     """Of the engines beside the training. One that is not known here, a new one, has all of its memory."""
 
-    def __init__(self, timeout: float) -> None:
-        """``timeout``: seconds for one call."""
-        self._timeout = timeout
+    def __init__(self, timeout: float, roster: Roster) -> None:
+        """``timeout``: seconds for one call; ``roster``: of the engines."""
+        self._timeout, self._roster = timeout, roster
         self._released: dict[Endpoint, set[Kind]] = {}
 
     def release(self, endpoints: Iterable[Endpoint]) -> None:
         """They give up all of it; weights that are not pushed again are lost, but with ``enable_weights_cpu_backup``.
 
-        Raises EngineError, with its name, where one still has requests after half a minute.
+        One whose call fails, or that still has requests after half a minute, is lost. Raises EngineError, with the names of
+        those, when all have been asked.
         """
         self._each([endpoint for endpoint in endpoints if endpoint not in self._released], self._release)
 
     def resume(self, endpoints: Iterable[Endpoint], kinds: Iterable[Kind] = _ALL) -> None:
-        """They have memory of these kinds again; weights come back without content. Raises EngineError."""
+        """They have memory of these kinds again; weights come back without content.
+
+        One whose call fails is lost. Raises EngineError, with the names of those, when all have been asked.
+        """
         wanted = set(kinds)
         asleep = [endpoint for endpoint in endpoints if self._released.get(endpoint, set()) & wanted]
         self._each(asleep, lambda client: self._resume(client, wanted))
@@ -38,11 +43,23 @@ class Residence:
     def _each(self, endpoints: list[Endpoint], action: Callable[[Client], None]) -> None:
         if not endpoints:
             return
-        clients = [Client(endpoint, self._timeout) for endpoint in endpoints]
-        with ThreadPoolExecutor(max_workers=len(clients)) as threads:
-            list(threads.map(action, clients))
-        for client in clients:
+        with ThreadPoolExecutor(max_workers=len(endpoints)) as threads:
+            failures = [each for each in threads.map(lambda endpoint: self._call(endpoint, action), endpoints) if each]
+        if failures:
+            raise EngineError("; ".join(failures))
+
+    def _call(self, endpoint: Endpoint, action: Callable[[Client], None]) -> str | None:
+        """Why it failed. What the engine has then nobody knows: it did what it was asked after a time-out, or it died."""
+        client = Client(endpoint, self._timeout)
+        try:
+            action(client)
+        except EngineError as error:
+            self._released.pop(endpoint, None)
+            self._roster.lose(endpoint, str(error))
+            return str(error)
+        finally:
             client.close()
+        return None
 
     def _release(self, client: Client) -> None:
         _wait_until_idle(client)

@@ -22,7 +22,8 @@ class Roster:
         Args:
             model: whose weights they have, as messages name it.
             frozen: the weights never change, so an engine that is back serves at once.
-            patience: seconds that a lost engine may take to come back; 0: nobody brings it back.
+            patience: seconds that a lost engine may take to come back, from its loss or its last start; 0: nobody brings it
+                back.
         """
         self.model = model
         self._frozen, self._patience = frozen, patience
@@ -63,14 +64,19 @@ class Roster:
         """They have the current weights and serve from now on."""
         with self._changed:
             for endpoint in endpoints:
-                if endpoint in self._returned:
+                if endpoint in self._returned:  # not lost, or replaced by another, while the weights were sent
                     self._returned.remove(endpoint)
-                if endpoint not in self._serving and endpoint not in self._lost:
                     self._serving.append(endpoint)
 
     def is_lost(self, endpoint: Endpoint) -> bool:
         with self._changed:
             return endpoint in self._lost
+
+    def restarted(self, endpoint: Endpoint) -> None:
+        """A lost engine is being started again: it may take its time from now on."""
+        with self._changed:
+            if endpoint in self._lost:
+                self._lost[endpoint] = time.monotonic()
 
     def welcome(self, endpoint: Endpoint, instead_of: Endpoint) -> None:
         """``endpoint`` is ready again in place of the lost ``instead_of``; the two may be equal."""

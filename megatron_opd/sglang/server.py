@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 import secrets
 import shlex
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_opd.processes import end_with_parent
 from megatron_opd.sglang.client import Endpoint, is_healthy
@@ -24,6 +25,7 @@ _CPU_STAND_INS = Path(__file__).with_name("cpu")
 _ENGINE_SIDE = Path(__file__).with_name("engine_side")  # the loader of weights
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
 LOADER = "opd_weights.receive"
+_PORTS, _PORT_TRIES = (10_000, 32_768), 1000
 _LAST_LINES = 3  # of a log, in messages
 _OURS = {
     "model_path",
@@ -37,6 +39,7 @@ _OURS = {
     "random_seed",
     "custom_weight_loader",
 }
+_BEYOND_TP = {"pp_size", "dp_size", "enable_dp_attention", "moe_dense_tp_size", "nnodes", "node_rank", "dist_init_addr"}
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,14 @@ class Server:
         self.spec = spec
         self.port = free_port(spec.host)
         self.url = f"http://{spec.host}:{self.port}"
-        self.api_key = secrets.token_urlsafe(24)
+        self.api_key = secrets.token_hex(24)  # of letters and digits: a dash in front would be an option
         spec.log.parent.mkdir(parents=True, exist_ok=True)
-        with spec.log.open("wb") as log:
+        self._key_file = spec.log.with_suffix(".yaml")  # any user may see a command line
+        with _private(self._key_file) as key_file:
+            key_file.write(f'api-key: "{self.api_key}"\n'.encode())
+        with _private(spec.log) as log:  # SGLang logs its arguments, with the key
             self._process = subprocess.Popen(
-                _command(spec, self.port, self.api_key),
+                [*_command(spec, self.port, free_port(spec.host)), "--config", str(self._key_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -92,7 +98,10 @@ class Server:
         """Raises OpdError with the end of its log where it has ended."""
         if not self.alive:
             raise OpdError(f"SGLang server {self.url}: ended while it started ({self.last_words()}); see {self.spec.log}")
-        return is_healthy(self.endpoint)
+        if not is_healthy(self.endpoint):
+            return False
+        self._key_file.unlink(missing_ok=True)
+        return True
 
     @property
     def endpoint(self) -> Endpoint:
@@ -110,13 +119,20 @@ class Server:
     def last_words(self) -> str:
         lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.spec.log.exists() else []
         said = [line.strip() for line in lines if line.strip()]
-        return " | ".join(said[-_LAST_LINES:]) or "no output"
+        return " | ".join(said[-_LAST_LINES:]).replace(self.api_key, "(key)") or "no output"
 
     def stop(self) -> None:
         """End all of its processes, at once: there is nothing in them to save."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._key_file.unlink(missing_ok=True)
+
+
+def _private(file: Path) -> IO[bytes]:
+    """Anew, and readable by its owner alone."""
+    file.unlink(missing_ok=True)  # it would keep its mode
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 # The attention backend and the sizes that run on a laptop; a user's own values come after them.
@@ -132,17 +148,17 @@ _CPU_ARGUMENTS: dict[str, Any] = {
 def start_by_hand(spec: ServerSpec, port: int, key_file: str | None) -> str:
     """The shell command for a server that a run attaches to."""
     environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in _environment(spec).items())
-    key = "" if key_file is None else f' --api-key "$(cat {shlex.quote(key_file)})"'
-    return f"env {environment} {shlex.join(_command(spec, port, None))}{key}"
+    key = "" if key_file is None else f' --api-key="$(cat {shlex.quote(key_file)})"'
+    return f"env {environment} {shlex.join(_command(spec, port))}{key}"
 
 
-def _command(spec: ServerSpec, port: int, api_key: str | None) -> list[str]:
+def _command(spec: ServerSpec, port: int, nccl_port: int | None = None) -> list[str]:
     given = {
         "model_path": str(spec.model),
         "tp_size": spec.tp,
         "host": spec.host,
         "port": port,
-        "api_key": api_key,
+        "nccl_port": nccl_port,  # its own choice may be taken by the time that it is used
         "dtype": spec.dtype,
         "device": spec.device,
         "random_seed": spec.seed,
@@ -189,6 +205,8 @@ def check_arguments(python: str, arguments: Mapping[str, Any]) -> None:
     for name in arguments:
         if name in _OURS:
             raise OpdError(f"rollout.sglang.{name}: set by the run itself; remove it")
+        if name in _BEYOND_TP:
+            raise OpdError(f"rollout.sglang.{name}: each server is one tensor-parallel group on one machine; remove it")
         if name not in known:
             raise OpdError(f"rollout.sglang.{name}: not a field of the ServerArgs in {source}; remove it")
 
@@ -219,6 +237,14 @@ def _fields(file: Path) -> set[str]:
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """One that a server may take much later: below those that the kernel gives to connections on their way out.
+
+    Raises OpdError where none is free.
+    """
+    draw = random.SystemRandom()
+    for _ in range(_PORT_TRIES):
+        port = draw.randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OpdError(f"rollout.host: no port between {_PORTS[0]} and {_PORTS[1]} is free at {host}; end what takes them")

@@ -23,7 +23,7 @@ from megatron_opd.weight_sync.delivery import Delivery
 from megatron_opd.weight_sync.members import Members, Reports
 from megatron_opd.weight_sync.plan import Digests, Parcel, Plan, conclude, make_plan
 
-_IN_FLIGHT = 2  # buckets of a sender
+_ALONE_BYTES = 1 << 20  # of a tensor that is sent from where it lies to where it belongs, copied nowhere
 
 
 class Collective:
@@ -35,7 +35,7 @@ class Collective:
         """Args:
         tp: tensor-parallel ranks of each engine.
         backend: "nccl" or "gloo".
-        bucket_bytes: of the tensors that are sent together; a larger one goes by itself.
+        bucket_bytes: under way at once, but for a tensor that is larger.
         timeout: seconds for all transfers of one version.
         """
         self._trainer, self._first_rank = trainer, first_rank
@@ -48,6 +48,7 @@ class Collective:
 
     def form(self, members: Members | None) -> None:
         layout, first_rank = self._trainer.layout, self._first_rank
+        self.leave(None)
         self._generation += 1
         export = self._trainer.export()
         sends = layout.tp_rank == layout.cp_rank == layout.dp_rank == 0  # one rank of each stage
@@ -57,7 +58,7 @@ class Collective:
 
         def plan() -> tuple[Plan, tuple[str, int], int]:
             assert members is not None
-            found = make_plan(streams, members, self._trainer.spec.dims, self._bucket_bytes)
+            found = make_plan(streams, members, self._trainer.spec.dims, self._bucket_bytes, _ALONE_BYTES)
             return found, members.address, len(members)
 
         self._plan, (host, port), engines = first_rank.run(plan)
@@ -111,9 +112,10 @@ class Collective:
         if self._sender is not None:
             try:
                 digests = self._send_buckets(stream, plan.parcels[self._sender], check=check)
-            except (RuntimeError, TimeoutError) as error:
-                failure = " ".join(str(error).split())
-                self._store.set(ABORT, failure)
+            except Exception as error:
+                failure = " ".join(f"{type(error).__name__}: {error}".split())
+                with suppress(RuntimeError):  # the first rank's store may be what failed
+                    self._store.set(ABORT, failure)
         for _ in stream:
             pass
         return digests, failure
@@ -122,29 +124,39 @@ class Collective:
         self, stream: Iterator[tuple[str, Tensor]], parcels: Sequence[Sequence[Parcel]], *, check: bool
     ) -> Digests:
         """``parcels``: [bucket][engine rank]."""
-        under_way: deque[list[Any]] = deque()
+        under_way: deque[tuple[list[Tensor], list[Any]]] = deque()
         digests: Digests = [[] for _ in range(self._tp)]
-        largest = [max(bucket[rank].nbytes for bucket in parcels) for rank in range(self._tp)]
-        buffers = [
-            [torch.empty(size, dtype=torch.uint8, device=self._trainer.device) for size in largest] for _ in range(_IN_FLIGHT)
-        ]
-        for number, bucket in enumerate(parcels):
-            while len(under_way) >= _IN_FLIGHT:
-                finish(under_way.popleft(), self._store, self._timeout)
-            mine = zip(buffers[number % _IN_FLIGHT], bucket, strict=True)
-            flats = [buffer[: parcel.nbytes] for buffer, parcel in mine]
-            for name in bucket[0].names:
-                found, full = next(stream)
-                assert found == name
-                for parcel, flat, own in zip(bucket, flats, digests, strict=True):
-                    part = parcel.write(name, full, flat)
-                    if check and part is not None:
-                        own.append(digest(part))
-            under_way.append([group.broadcast([flat]) for group, flat in zip(self._groups, flats, strict=True)])
-        for works in under_way:
+        for bucket in parcels:
+            contents = self._contents(stream, bucket, digests if check else None)
+            while under_way and _bytes(contents, *(sent for sent, _ in under_way)) > self._bucket_bytes:
+                finish(under_way.popleft()[1], self._store, self._timeout)
+            pairs = zip(self._groups, contents, strict=True)
+            under_way.append((contents, [group.broadcast([content]) for group, content in pairs if content.nbytes]))
+        for _, works in under_way:
             finish(works, self._store, self._timeout)
         synchronize(self._trainer.device)
         return digests
+
+    def _contents(
+        self, stream: Iterator[tuple[str, Tensor]], bucket: Sequence[Parcel], digests: Digests | None
+    ) -> list[Tensor]:
+        """[bytes] uint8 for each engine rank: the next tensors of the stream, one that is large where it lies."""
+        device, together = self._trainer.device, len(bucket[0].names) > 1
+        contents = [torch.empty(parcel.nbytes if together else 0, dtype=torch.uint8, device=device) for parcel in bucket]
+        for name in bucket[0].names:
+            found, full = next(stream)
+            assert found == name
+            for rank, parcel in enumerate(bucket):
+                own = parcel.cut(name, full)
+                if own is None:
+                    continue
+                if digests is not None:
+                    digests[rank].append(digest(own))
+                if together:
+                    parcel.write(name, full, contents[rank])
+                else:
+                    contents[rank] = own.contiguous().flatten().view(torch.uint8)
+        return contents
 
     def _join(self, rank: int, engines: int) -> Any:
         """This sender's group with engine rank ``rank``; NCCL connects in its first collective."""
@@ -166,3 +178,7 @@ class Collective:
 
     def _name(self, sender: int, rank: int) -> str:
         return f"{self._generation}/{sender}/{rank}"
+
+
+def _bytes(*contents: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for each in contents for tensor in each)

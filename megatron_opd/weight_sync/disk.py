@@ -33,16 +33,16 @@ class Disk:
         stream = self._trainer.export().whole()
 
         def write() -> None:
-            if members is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                self._folder.mkdir(parents=True)
-                write_hf_folder(stream, self._source, target, self._dtype)
+            try:
+                if members is not None:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                    self._folder.mkdir(parents=True)
+                    write_hf_folder(stream, self._source, target, self._dtype)
+            finally:
+                for _ in stream:  # collective, on every rank to its end
+                    pass
 
-        try:
-            self._first_rank.everywhere(write)
-        finally:
-            for _ in stream:  # collective, on every rank to its end
-                pass
+        self._first_rank.everywhere(write)
 
         def load() -> Delivery:
             assert members is not None

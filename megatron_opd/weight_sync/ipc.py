@@ -7,7 +7,7 @@ handles cross a wire.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_opd.sglang.engine_side.opd_weights import digest, synchronize
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.weight_sync.delivery import Delivery
 from megatron_opd.weight_sync.members import Members, Ordered, Reports, SharedTensor
-from megatron_opd.weight_sync.plan import Digests, Plan, conclude, make_plan
+from megatron_opd.weight_sync.plan import Digests, Parcel, Plan, conclude, make_plan
 
 _BUFFERS = 2  # one is filled while the engine copies the other
 
@@ -68,10 +68,6 @@ class Ipc:
         self._plan, homes = self._first_rank.run(plan)
         places = {home + rank: _Neighbour(engine, rank) for engine, home in enumerate(homes) for rank in range(self._tp)}
         self._neighbour = places.get(dist.get_rank())
-        self._close_buffers()
-        if self._neighbour is not None:
-            largest = max(bucket[self._neighbour.rank].nbytes for bucket in self._plan.parcels[0])
-            self._buffers = [_Buffer(largest, self._trainer.device) for _ in range(_BUFFERS)]
 
     def send(self, members: Members | None, version: int, *, check: bool) -> Delivery:
         plan = self._plan
@@ -82,8 +78,12 @@ class Ipc:
         reports: list[Reports] = []
         try:
             for number in range(len(plan.parcels[0])):
-                own += self._fill(stream, plan, number, check=check)
-                handles = self._first_rank.gather((self._neighbour, self._handle(number)))
+
+                def fill(number: int = number) -> str | SharedTensor | None:
+                    return self._fill(stream, plan.parcels[0][number], number, own if check else None)
+
+                handle = self._first_rank.everywhere(fill)
+                handles = self._first_rank.gather((self._neighbour, handle))
                 last = number == len(plan.parcels[0]) - 1
 
                 def place(number: int = number, handles: list[Any] = handles, last: bool = last) -> None:
@@ -100,6 +100,7 @@ class Ipc:
         finally:
             for _ in stream:  # collective, on every rank to its end
                 pass
+            self._close_buffers()  # device memory that the rollouts have now
         everyone = self._first_rank.gather((self._neighbour, own)) if check else []
         first_engine = {place.rank: digests for place, digests in everyone if place is not None and place.engine == 0}
         sent: list[Digests] = [[first_engine[rank] for rank in range(self._tp)]] if check else []
@@ -114,23 +115,37 @@ class Ipc:
             buffer.close()
         self._buffers = []
 
-    def _fill(self, stream: Iterator[tuple[str, Tensor]], plan: Plan, number: int, *, check: bool) -> list[list[int]]:
-        """Bucket ``number`` of what this rank's neighbour keeps; the digests of its pieces."""
-        digests = []
-        bucket = plan.parcels[0][number]
+    def _fill(
+        self, stream: Iterator[tuple[str, Tensor]], bucket: Sequence[Parcel], number: int, digests: list[list[int]] | None
+    ) -> str | SharedTensor | None:
+        """What this rank's neighbour keeps of the next tensors, in a buffer; its handle, None where there is no neighbour.
+
+        Whatever goes wrong, the bucket is read to its end: the stream is collective.
+        """
+        failure: Exception | None = None
         for name in bucket[0].names:
             found, full = next(stream)
-            assert found == name
-            if self._neighbour is not None:
-                flat = self._buffers[number % _BUFFERS].flat
-                part = bucket[self._neighbour.rank].write(name, full, flat)
-                if check and part is not None:
-                    digests.append(digest(part))
+            if self._neighbour is None or failure is not None:
+                continue
+            try:
+                assert found == name
+                parcel = bucket[self._neighbour.rank]
+                parcel.write(name, full, self._buffer(number).flat)
+                if digests is not None and (own := parcel.cut(name, full)) is not None:
+                    digests.append(digest(own))
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
         synchronize(self._trainer.device)
-        return digests
+        return None if self._neighbour is None else self._buffer(number).handle()
 
-    def _handle(self, number: int) -> str | SharedTensor | None:
-        return self._buffers[number % _BUFFERS].handle() if self._neighbour is not None else None
+    def _buffer(self, number: int) -> _Buffer:
+        if not self._buffers:
+            assert self._plan is not None and self._neighbour is not None
+            largest = max(bucket[self._neighbour.rank].nbytes for bucket in self._plan.parcels[0])
+            self._buffers = [_Buffer(largest, self._trainer.device) for _ in range(_BUFFERS)]
+        return self._buffers[number % _BUFFERS]
 
 
 class _Buffer:

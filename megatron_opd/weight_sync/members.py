@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Members:
         self._timeout = timeout
         self._clients = [Client(endpoint, min(timeout, _CONTROL_SECONDS)) for endpoint in endpoints]
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(self._clients)))
-        self.store = TCPStore(host, 0, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+        self.store = open_store(host, timeout)
         self.address = (host, int(self.store.port))
         self._orders = 0
         self._sessions = False
@@ -148,6 +149,11 @@ class Members:
         ]
         for endpoint, ranks in zip(self.endpoints, reports, strict=True):
             for rank, report in enumerate(ranks):
+                if report["error"] is not None and not report["victim"]:
+                    self.failed[endpoint] = report["error"]
+                    raise EngineError(f"SGLang server {endpoint.url}, rank {rank}: {report['error']}")
+        for endpoint, ranks in zip(self.endpoints, reports, strict=True):
+            for rank, report in enumerate(ranks):
                 if report["error"] is not None:
                     raise EngineError(f"SGLang server {endpoint.url}, rank {rank}: {report['error']}")
         return reports
@@ -168,9 +174,24 @@ class Members:
 
     def _report(self, endpoint: Endpoint, key: str) -> Report:
         if not self.store.check([key]):
+            self.failed[endpoint] = "its loader did not report"
             raise EngineError(f"SGLang server {endpoint.url}: its loader did not report; see its log")
         report: Report = json.loads(self.store.get(key))
         return report
+
+
+def open_store(host: str, timeout: float) -> TCPStore:
+    """A key-value store in this process that listens at ``host`` alone; ``timeout``: seconds of one wait in it."""
+    listener = socket.create_server((host, 0), backlog=1024)
+    port = int(listener.getsockname()[1])
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _begin(client: Client) -> None:

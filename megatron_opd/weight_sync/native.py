@@ -5,6 +5,7 @@ tp times the bytes that a rank keeps, all from the trainer's first rank, and no 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -18,13 +19,12 @@ from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_
 
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.sglang.client import EngineError
-from megatron_opd.sglang.engine_side.opd_weights import finish
+from megatron_opd.sglang.engine_side.opd_weights import TransferFailed, finish
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.weight_sync.delivery import Delivery
-from megatron_opd.weight_sync.members import Members
+from megatron_opd.weight_sync.members import Members, open_store
 
 Bucket = list[tuple[str, Tensor]]  # Hugging Face name, full tensor
-_GROUP = "megatron_opd_weights"
 
 
 class Native:
@@ -37,11 +37,14 @@ class Native:
         self._trainer, self._first_rank = trainer, first_rank
         self._host, self._backend, self._bucket_bytes, self._timeout = host, backend, bucket_bytes, timeout
         self._group: Any = None  # this process and every rank of every engine; on the first rank
+        self._name = ""  # another one each time: neither side takes a name twice
 
     def form(self, members: Members | None) -> None:
         def join() -> None:
             assert members is not None
-            store = TCPStore(self._host, 0, is_master=True, timeout=timedelta(seconds=self._timeout), wait_for_workers=False)
+            self.leave(None)
+            self._name = f"megatron_opd_weights_{secrets.token_hex(4)}"
+            store = open_store(self._host, self._timeout)
             size = 1 + members.tp * len(members)
             calls = members.post(
                 "/init_weights_update_group",
@@ -50,11 +53,11 @@ class Native:
                     "master_port": int(store.port),
                     "rank_offset": 1 + members.tp * engine,
                     "world_size": size,
-                    "group_name": _GROUP,
+                    "group_name": self._name,
                     "backend": self._backend,
                 },
             )
-            self._group = _torch_group(self._backend, store, size, self._timeout)
+            self._group = _torch_group(self._backend, store, self._name, size, self._timeout)
             members.results(calls)
 
         self._first_rank.run(join)
@@ -79,7 +82,7 @@ class Native:
     def leave(self, members: Members | None) -> None:
         if members is not None:
             with suppress(EngineError):
-                members.results(members.post("/destroy_weights_update_group", lambda engine: {"group_name": _GROUP}))
+                members.results(members.post("/destroy_weights_update_group", lambda engine: {"group_name": self._name}))
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -92,7 +95,7 @@ class Native:
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": _GROUP,
+                "group_name": self._name,
                 "flush_cache": False,
                 "load_format": "flattened_bucket",
                 "weight_version": str(version),
@@ -102,7 +105,7 @@ class Native:
         work = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
         try:
             finish([work], members.store, self._timeout)
-        except (RuntimeError, TimeoutError) as error:
+        except TransferFailed as error:
             raise EngineError(f"weights to SGLang: {error}") from error
         members.results(calls)
         return flat.nbytes
@@ -121,15 +124,15 @@ class Native:
             yield bucket
 
 
-def _torch_group(backend: str, store: TCPStore, size: int, timeout: float) -> Any:
+def _torch_group(backend: str, store: TCPStore, name: str, size: int, timeout: float) -> Any:
     """As SGLang makes its side: a group of torch.distributed beside the world; this process is its first rank."""
     group, _ = _new_process_group_helper(
         size,
         0,
         [],
         Backend(backend),
-        PrefixStore(_GROUP, store),
-        group_name=GroupName(_GROUP),
+        PrefixStore(name, store),
+        group_name=GroupName(name),
         timeout=timedelta(seconds=timeout),
     )
     _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}

@@ -143,6 +143,8 @@ def _columns(tensor: TensorInfo, target: str, engine: Shapes, rank: int, columns
 
 
 def _own(size: int, rank: int, each: int, parts: int) -> tuple[int, int] | None:
+    if each == size:  # the same on all ranks
+        return (0, size)
     first = min(rank * each, size)
     return (first, min(each, size - first)) if each * parts >= size else None
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megatron_opd.mcore.hf_export import TensorInfo
 from megatron_opd.mcore.hf_mapping import Dimensions
-from megatron_opd.sglang.client import EngineError
+from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.weight_sync.delivery import Delivery, WeightsDiffer
 from megatron_opd.weight_sync.members import Members, Reports
-from megatron_opd.weight_sync.pieces import Piece, piece_of, unsent
+from megatron_opd.weight_sync.pieces import Piece, Shapes, piece_of, unsent
 
 Digests = list[list[list[int]]]  # [engine rank][piece]
 
@@ -39,13 +39,15 @@ class Parcel:
             start += piece.nbytes
         return places
 
-    def write(self, name: str, full: Tensor, flat: Tensor) -> Tensor | None:
-        """This rank's piece of the tensor ``name`` into ``flat`` [nbytes] uint8; None where it keeps nothing of it."""
-        if name not in self._places:
-            return None
-        piece, start = self._places[name]
-        own = flat[start : start + piece.nbytes].view(piece.tensor.dtype).view(piece.shape)
-        return own.copy_(piece.cut(full))
+    def cut(self, name: str, full: Tensor) -> Tensor | None:
+        """What this rank keeps of the tensor ``name``, a view of ``full``; None where that is nothing."""
+        return self._places[name][0].cut(full) if name in self._places else None
+
+    def write(self, name: str, full: Tensor, flat: Tensor) -> None:
+        """Copy that to its place in ``flat`` [nbytes] uint8."""
+        if name in self._places:
+            piece, start = self._places[name]
+            flat[start : start + piece.nbytes].view(piece.tensor.dtype).view(piece.shape).copy_(piece.cut(full))
 
 
 @dataclass(frozen=True)
@@ -71,39 +73,67 @@ class Plan:
         }
 
 
-def make_plan(streams: Sequence[Sequence[TensorInfo]], members: Members, dims: Dimensions, bucket_bytes: int) -> Plan:
+def make_plan(
+    streams: Sequence[Sequence[TensorInfo]],
+    members: Members,
+    dims: Dimensions,
+    bucket_bytes: int,
+    alone_from: int | None = None,
+) -> Plan:
     """Ask the engines what they have, and cut each sender's stream for it.
+
+    Args:
+        bucket_bytes: of the tensors that go together, at most; a larger one goes by itself.
+        alone_from: bytes from which a tensor goes by itself in any case.
 
     Raises EngineError where an engine does not answer, or has other parameters than the first one.
     """
-    first, *others = [[report["parameters"] for report in engine] for engine in members.meet()]
+    met = members.meet()
+    first, *others = [[report["parameters"] for report in engine] for engine in met]
     for endpoint, other in zip(members.endpoints[1:], others, strict=True):
         if other != first:
             raise EngineError(
                 f"SGLang server {endpoint.url}: has other parameters than {members.endpoints[0].url}; start them alike"
             )
     shapes = [{name: shape for name, (shape, _) in each.items()} for each in first]
+    if any(report["up_first"] for engine in met for report in engine):  # their halves are swapped: let SGLang place them
+        shapes = [{name: shape for name, shape in each.items() if not name.endswith("w13_weight")} for each in shapes]
 
     def parcel(bucket: Sequence[TensorInfo], rank: int) -> Parcel:
         pieces = (piece_of(tensor, shapes[rank], rank, members.tp, dims) for tensor in bucket)
         return Parcel(tuple(tensor.name for tensor in bucket), tuple(piece for piece in pieces if piece.nbytes))
 
     ranks = range(members.tp)
-    parcels = [[[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes)] for stream in streams]
+    parcels = [
+        [[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes, alone_from)] for stream in streams
+    ]
     plan = Plan(parcels, [], sum(size for each in first for _, size in each.values()) / len(first))
+    for rank in ranks:
+        _check_complete(plan, rank, shapes[rank], members.endpoints[0])
     return Plan(parcels, [list(unsent(plan.pieces(rank), shapes[rank])) for rank in ranks], plan.kept)
 
 
-def buckets(tensors: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Consecutive tensors of at most ``limit`` bytes together, or one that is larger."""
+def _check_complete(plan: Plan, rank: int, shapes: Shapes, endpoint: Endpoint) -> None:
+    """Raises EngineError with the first parameter that nothing is sent for, unless SGLang's own loader places some."""
+    targets = {piece.target for piece in plan.pieces(rank)}
+    missing = [name for name in shapes if name not in targets]
+    if missing and None not in targets:
+        raise EngineError(
+            f"SGLang server {endpoint.url}, rank {rank}: the student has nothing for its parameter {missing[0]}; "
+            "serve the student's own model"
+        )
+
+
+def buckets(tensors: Iterable[TensorInfo], limit: int, alone_from: int | None = None) -> list[list[TensorInfo]]:
+    """Consecutive tensors of at most ``limit`` bytes together; one that is larger, or has ``alone_from`` bytes, by itself."""
     found: list[list[TensorInfo]] = []
-    size = 0
+    room = 0
     for tensor in tensors:
-        if not found or size + tensor.nbytes > limit:
+        if tensor.nbytes > room or (alone_from is not None and tensor.nbytes >= alone_from):
             found.append([])
-            size = 0
+            room = limit
         found[-1].append(tensor)
-        size += tensor.nbytes
+        room = 0 if alone_from is not None and tensor.nbytes >= alone_from else room - tensor.nbytes
     return found
 
 

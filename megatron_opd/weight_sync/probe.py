@@ -14,6 +14,7 @@ from megatron_opd.data.packing import context_positions
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.sglang.client import Client, EngineError
 from megatron_opd.types import Prompt, Rollout, Source
+from megatron_opd.weight_sync.delivery import WeightsDiffer
 
 _LENGTH = 48  # tokens, at most
 _CONSTANT = 1e-6  # nats: a spread below it is none
@@ -53,7 +54,10 @@ class Probe:
         return chosen
 
     def compare(self, client: Client, expected: Sequence[float]) -> float:
-        """The engine's mean absolute gap, nats a token. Raises EngineError with its name where it has no weights, or others."""
+        """The engine's mean absolute gap, nats a token.
+
+        Raises, with its name, WeightsDiffer where it has no weights or others than the trainer, EngineError where it fails.
+        """
         name = f"SGLang server {client.endpoint.url}"
         answer = client.post(
             "/generate",
@@ -66,13 +70,15 @@ class Probe:
             found = [float(entry[0]) for entry in answer["meta_info"]["input_token_logprobs"][1:]]
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"{name}: scored the probe without log-probabilities ({error})") from error
-        if len(found) != len(expected) or not all(map(math.isfinite, found)):
-            raise EngineError(f"{name}: scored {len(found)} of the probe's {len(expected)} tokens, or not with finite numbers")
+        if len(found) != len(expected):
+            raise EngineError(f"{name}: scored {len(found)} of the probe's {len(expected)} tokens")
+        if not all(map(math.isfinite, found)):
+            raise WeightsDiffer(f"{name}: scores the probe with numbers that are not finite")
         if max(found) - min(found) < _CONSTANT:
-            raise EngineError(f"{name}: scores each token of the probe {found[0]:.4f} nats, so it has no weights")
+            raise WeightsDiffer(f"{name}: scores each token of the probe {found[0]:.4f} nats, so it has no weights")
         gap = sum(abs(own - other) for own, other in zip(found, expected, strict=True)) / len(found)
         if self._bound is not None and gap > self._bound:
-            raise EngineError(
+            raise WeightsDiffer(
                 f"{name}: scores the probe {gap:.3g} nats a token away from the trainer, more than "
                 f"rollout.max_engine_gap={self._bound}: it has other weights or computes otherwise"
             )

@@ -56,13 +56,24 @@ class EngineSync:
         every rank and with the engine's name, OpdError where none is left or a transfer fails again and again, RunStopped where
         an engine afterwards has other weights than the student.
         """
-        try:
-            delivery = self._deliver(version)
-        except WeightsDiffer as error:
-            raise RunStopped(str(error)) from error
-        gap = self._prove()
-        self._first_rank.run(self._admit)
-        return SyncStats(received_bytes=delivery.received, shard_bytes=delivery.kept, probe_gap=gap)
+        failures: list[str] = []  # the same on all ranks
+        while len(failures) < _ATTEMPTS:
+            if not (candidates := self._first_rank.run(self._roster.candidates)):
+                failures.append(f"SGLang: no engine of the {self._roster.model} is left to take weights")
+                break
+            try:
+                delivery = self._deliver(version, candidates)
+                gap = self._prove()
+            except WeightsDiffer as error:
+                raise RunStopped(str(error)) from error
+            except OpdError as error:
+                failures.append(str(error))
+                self._first_rank.run(self._disband)
+                self._carrier.leave(None)
+            else:
+                self._first_rank.run(self._admit)
+                return SyncStats(received_bytes=delivery.received, shard_bytes=delivery.kept, probe_gap=gap)
+        raise OpdError(f"{'; '.join(dict.fromkeys(failures))}; see the logs of the servers")
 
     def leave(self) -> None:
         """The trainer and the engines forget each other; not collective."""
@@ -71,23 +82,7 @@ class EngineSync:
             self._members.close()
             self._members = None
 
-    def _deliver(self, version: int) -> Delivery:
-        failures: list[str] = []  # the same on all ranks
-        while len(failures) < _ATTEMPTS:
-            if not (candidates := self._first_rank.run(self._roster.candidates)):
-                failures.append(f"SGLang: no engine of the {self._roster.model} is left to take weights")
-                break
-            try:
-                return self._deliver_once(version, candidates)
-            except WeightsDiffer:
-                raise
-            except OpdError as error:
-                failures.append(str(error))
-                self._first_rank.run(self._disband)
-                self._carrier.leave(None)
-        raise OpdError(f"{'; '.join(dict.fromkeys(failures))}; see the logs of the servers")
-
-    def _deliver_once(self, version: int, endpoints: list[Endpoint]) -> Delivery:
+    def _deliver(self, version: int, endpoints: list[Endpoint]) -> Delivery:
         changed = self._first_rank.run(lambda: self._muster(endpoints))
         self._first_rank.run(self._begin)
         if changed:
@@ -132,22 +127,18 @@ class EngineSync:
         members.close()
 
     def _prove(self) -> float | None:
-        """The largest gap between an engine's scores of the probe and the trainer's, nats. Raises RunStopped."""
+        """The largest gap between an engine's scores of the probe and the trainer's, nats. Raises OpdError, WeightsDiffer."""
         if self._probe is None:
             return None
-        if self._residence is not None:
-            residence = self._residence
-            self._first_rank.run(lambda: residence.resume(self._roster.candidates()))
         probe, expected = self._probe, self._probe.score(self._trainer)
 
         def compare() -> float:
             assert self._members is not None
+            if self._residence is not None:
+                self._residence.resume(self._members.endpoints)
             return max(self._members.call(lambda client: probe.compare(client, expected)))
 
-        try:
-            return self._first_rank.run(compare)
-        except OpdError as error:
-            raise RunStopped(str(error)) from error
+        return self._first_rank.run(compare)
 
     def _admit(self) -> None:
         assert self._members is not None

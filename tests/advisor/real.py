@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_opd.config import Config, validate_config
+from megatron_opd.config import Config
+from megatron_opd.config_file import validate_config
 from megatron_opd.data import Multiples, context_slice, pack
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.fake_world import LiveBytes, SavedBytes

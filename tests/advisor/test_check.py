@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_opd import cli
 from megatron_opd.advisor.plan import RankClass
 from megatron_opd.advisor.planner import Planner
-from megatron_opd.config import load_config, validate_config
+from megatron_opd.config_file import load_config, validate_config
 from megatron_opd.mcore.fake_world import LiveBytes
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import prepare

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opd.config import Config, validate_config
+from megatron_opd.config import Config
+from megatron_opd.config_file import validate_config
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.footprint import (
     Kernels,

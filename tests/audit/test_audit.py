@@ -18,7 +18,8 @@ from megatron_opd.audit.loss import LossSetting, audit_loss
 from megatron_opd.audit.report import Check, print_table, ratio, worst_of_all_ranks
 from megatron_opd.audit.run import run_checks, stop_if_failed
 from megatron_opd.audit.step import audit_step
-from megatron_opd.config import Config, validate_config
+from megatron_opd.config import Config
+from megatron_opd.config_file import validate_config
 from megatron_opd.losses import distillation_loss
 from megatron_opd.mcore.parallel import init_layout
 from megatron_opd.mcore.platform import Platform

@@ -31,8 +31,11 @@ def response_to(prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
 class FaultyServer:
     """``fault`` says ok, hang, reset, half, garbage, no_logprobs, abort, abort_at_once, or an HTTP status for each request."""
 
-    def __init__(self, fault: Fault = lambda body, number: "ok", *, healthy: bool = True, version: str = "1") -> None:
-        self.fault, self.healthy, self.version = fault, healthy, version
+    def __init__(
+        self, fault: Fault = lambda body, number: "ok", *, healthy: bool = True, version: str = "1", seconds: float = 0.01
+    ) -> None:
+        """``seconds``: of each answer."""
+        self.fault, self.healthy, self.version, self.seconds = fault, healthy, version, seconds
         self.asked: list[list[int]] = []  # input ids of each request
         self.answered: list[list[int]] = []
         self.lock = threading.Lock()
@@ -83,7 +86,7 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             elif fault == "garbage":
                 self._send(200, b"<html>a proxy's apology</html>")
             else:
-                time.sleep(0.01)
+                time.sleep(server.seconds)
                 if fault in ("ok", "abort"):
                     with server.lock:
                         server.answered.append(body["input_ids"])

@@ -12,7 +12,7 @@ from megatron_opd.rollout.responses import whole_response
 from megatron_opd.sglang.client import Endpoint, EngineError, Generated, Span, generation
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.roster import Roster
-from megatron_opd.types import SamplingParams
+from megatron_opd.types import RunStopped, SamplingParams
 from tests.rollout.faulty_server import FaultyServer, response_to
 
 NEW_TOKENS = 6
@@ -45,11 +45,18 @@ def test_failure_now_and_then_costs_an_attempt_and_no_engine(fault: str) -> None
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "half", "garbage", "no_logprobs"])
 def test_engine_that_always_fails_is_lost_although_it_says_that_it_is_well(fault: str) -> None:
-    with FaultyServer(lambda *_: fault) as faulty, FaultyServer() as good:
+    with FaultyServer(lambda *_: fault) as faulty, FaultyServer(seconds=0.5) as good:
         responses, lost = run(faulty, good)
         check_all_answered(responses)
         assert sorted(good.answered) == PROMPTS
-        assert list(lost) == [faulty.endpoint.url] and "3 requests failed there in a row" in lost[faulty.endpoint.url]
+        assert list(lost) == [faulty.endpoint.url] and "requests failed there in a row" in lost[faulty.endpoint.url]
+
+
+def test_the_only_engine_outlives_a_network_that_drops_all_connections_at_once() -> None:
+    with FaultyServer(lambda _, number: "reset" if number < 8 else "ok") as only:
+        responses, lost = run(only, in_flight=8)
+        check_all_answered(responses)
+        assert not lost and sorted(only.answered) == PROMPTS
 
 
 def test_engine_that_starts_anew_is_lost_at_its_first_failure() -> None:
@@ -121,10 +128,10 @@ def test_refused_request_is_an_error_at_once() -> None:
 def test_last_engine_is_named_with_its_reason() -> None:
     with FaultyServer(lambda *_: "500", healthy=False) as only:
         roster = Roster("student", [only.endpoint])
-        with pytest.raises(EngineError, match=rf"no engine of the student is left \({only.endpoint.url}: .*500"):
+        with pytest.raises(RunStopped, match=rf"no engine of the student is left \({only.endpoint.url}: .*500"):
             dispatch([ask(PROMPTS[0])], roster.serving(), in_flight=1, timeout=5.0, roster=roster)
         assert roster.serving() == []
-    with pytest.raises(EngineError, match="no engine is left"):
+    with pytest.raises(RunStopped, match="no engine is left"):
         dispatch([ask(PROMPTS[0])], [], in_flight=1, timeout=5.0)
 
 
@@ -145,6 +152,23 @@ def test_lost_engine_of_a_frozen_model_takes_requests_again_as_soon_as_it_is_bac
         assert list(lost) == [dead.endpoint.url] and roster.serving() == [replacement.endpoint]
 
 
+def test_busy_engines_leave_requests_to_one_that_is_back() -> None:
+    with FaultyServer(lambda *_: "reset", healthy=False) as dead, FaultyServer(seconds=0.1) as busy, FaultyServer() as back:
+        roster = Roster("teacher", [dead.endpoint, busy.endpoint], frozen=True, patience=60.0)
+
+        def welcome() -> None:
+            while not roster.is_lost(dead.endpoint):
+                time.sleep(0.01)
+            roster.welcome(back.endpoint, instead_of=dead.endpoint)
+
+        threading.Thread(target=welcome, daemon=True).start()
+        prompts = [[number, number + 1, 3] for number in range(60)]  # 6 s of one engine, never a second without an answer
+        asks = [ask(prompt) for prompt in prompts]
+        responses, _ = dispatch(asks, roster.serving(), in_flight=1, timeout=5.0, roster=roster)
+        check_all_answered(responses, prompts)
+        assert len(back.answered) > len(busy.answered)
+
+
 def test_roster_gives_weights_before_requests() -> None:
     first, second, third = (Endpoint(f"http://127.0.0.1:{port}") for port in (1, 2, 3))
     roster = Roster("student", [first, second], patience=60.0)
@@ -158,6 +182,10 @@ def test_roster_gives_weights_before_requests() -> None:
     roster.lose(first, "test")
     roster.admit([first])  # lost while the weights were sent
     assert roster.serving() == [third]
+    fourth = Endpoint("http://127.0.0.1:4")
+    roster.welcome(fourth, instead_of=first)
+    roster.admit([first, third])  # lost and replaced while the weights were sent
+    assert roster.serving() == [third] and roster.candidates() == [third, fourth]
 
 
 def test_next_weights_wait_for_the_only_engine_while_it_starts_and_no_longer() -> None:
@@ -171,3 +199,13 @@ def test_next_weights_wait_for_the_only_engine_while_it_starts_and_no_longer() -
     roster.lose(only, "test")
     roster.give_up(only, "test")
     assert roster.candidates() == []
+
+
+def test_patience_counts_from_the_last_start() -> None:
+    only = Endpoint("http://127.0.0.1:1")
+    roster = Roster("student", [only], patience=1.0)
+    roster.lose(only, "test")
+    threading.Timer(0.7, lambda: roster.restarted(only)).start()
+    start = time.monotonic()
+    assert roster.candidates() == []
+    assert time.monotonic() - start > 1.5

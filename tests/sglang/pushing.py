@@ -129,8 +129,17 @@ def strike(trainer: Trainer, fault: Fault) -> None:
         def tensors(self) -> Iterator[TensorInfo]:
             return self._export.tensors()
 
+        def names(self) -> list[str]:
+            return self._export.names()
+
+        def whole(self) -> Iterator[tuple[str, Tensor]]:
+            return self._struck(self._export.whole())
+
         def stage(self) -> Iterator[tuple[str, Tensor]]:
-            for number, item in enumerate(self._export.stage()):
+            return self._struck(self._export.stage())
+
+        def _struck(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for number, item in enumerate(stream):
                 if number == fault.at and trainer.export is not real:
                     trainer.export = real  # type: ignore[method-assign]
                     if fault.pid:

@@ -7,17 +7,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megatron_opd.hf_folder import HFFolder
+from megatron_opd.sglang.attached import Attached, Expected
 from megatron_opd.sglang.client import Client, Endpoint, Generated
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.fleet import Fleet
 from megatron_opd.sglang.launched import launch
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server
+from megatron_opd.types import RunStopped
 from tests.sglang.conftest import START_UP_SECONDS, spec
 from tests.sglang.test_sglang import greedy
 from tests.worker_pool import WorkerPool
@@ -117,18 +121,60 @@ def test_servers_that_are_killed_or_hang_come_back_and_no_request_is_lost(
 def test_responses_that_a_pause_breaks_off_are_those_of_an_undisturbed_server(servers: list[Server], mode: str) -> None:
     """SGLang aborts what is in flight, with its tokens, or puts it aside."""
     endpoint = servers[0].endpoint
-    client = Client(endpoint, 30.0)
-    roster = Roster("student", [endpoint])
-    undisturbed, _ = generate(roster)
-    asked = 0
+    long = [greedy((number + 3, 4, 5), 200) for number in range(8)]
+    undisturbed, _ = dispatch(long, [endpoint], in_flight=8, timeout=TIMEOUT)
+    happened = []
 
     def pause() -> None:
-        nonlocal asked
+        client = Client(endpoint, 30.0)
         client.post("/pause_generation", mode=mode)
-        asked += 1
         time.sleep(0.5)
         client.post("/continue_generation")
+        client.close()
+        happened.append(mode)
 
-    assert generate(roster, 0.5, pause) == (undisturbed, {})
-    assert asked == 1
-    client.close()
+    timer = threading.Timer(0.3, pause)
+    timer.start()
+    responses, lost = dispatch(long, [endpoint], in_flight=8, timeout=TIMEOUT)
+    timer.join()
+    assert not lost and happened == [mode]
+    assert [response.token_ids for response in responses] == [response.token_ids for response in undisturbed]
+    continued = sum(len(response.spans) > 1 for response in responses)  # one span for each part
+    assert (continued > 0) == (mode == "abort")
+
+
+def lose_and_regain_attached(model: str, endpoint: Endpoint, pid: int) -> dict[str, object]:
+    expected = Expected("rollout", "student", HFFolder(model), 60, tp=1, dtype="float32", has_loader=True)
+    fleet = Fleet(lambda: [Attached(endpoint, expected, 60.0)], ["student"], frozen=[], patience=START_UP_SECONDS)
+    fleet.wait_until_ready()
+    roster = fleet.roster("student")
+    seen: dict[str, object] = {"undisturbed": generate(roster)}
+    os.killpg(pid, signal.SIGSTOP)
+    try:
+        dispatch(asks(), roster.serving(), in_flight=8, timeout=5.0, roster=roster)
+    except RunStopped as error:
+        seen["message"] = str(error)
+    finally:
+        os.killpg(pid, signal.SIGCONT)
+    seen["lost"] = roster.serving()
+    (back,) = roster.candidates()  # waits for it
+    seen["before the weights"], seen["back"] = roster.serving(), back
+    roster.admit([back])
+    seen["again"] = generate(roster)
+    fleet.stop()
+    return seen
+
+
+def test_attached_server_that_hung_takes_the_next_weights_and_is_never_stopped(
+    pool: WorkerPool, model: Path, servers: list[Server]
+) -> None:
+    endpoint = servers[0].endpoint
+    (seen,) = pool.run(1, lose_and_regain_attached, str(model), endpoint, servers[0].pid, timeout=300)
+    assert (
+        "no engine of the student is left" in seen["message"]
+        and f"{endpoint.url}: /generate: no answer in 5 s" in seen["message"]
+    )
+    assert seen["lost"] == seen["before the weights"] == []
+    assert seen["back"] == replace(endpoint, life=1)  # another one to those who gave the one before something
+    assert seen["again"] == seen["undisturbed"]
+    assert servers[0].alive

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_opd.config import validate_config
+from megatron_opd.config_file import validate_config
 from megatron_opd.data.prompts import PromptDataset
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import prepare

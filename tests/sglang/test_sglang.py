@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_opd.rollout.responses import whole_response
 from megatron_opd.sglang.client import Client, Endpoint, EngineError, Generated, generation
 from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.server import Server, check_arguments
-from megatron_opd.types import OpdError, SamplingParams
+from megatron_opd.types import OpdError, RunStopped, SamplingParams
 from tests import runs
 from tests.sglang.conftest import PYTHON, spec
 from tests.sglang.pushing import PROMPTS, Push, endpoint_of, push_and_generate
@@ -75,7 +76,7 @@ def test_requests_of_a_lost_server_go_to_the_others(
     responses, lost = dispatch(asks, [dead_endpoint, silent_endpoint, healthy], in_flight=4, timeout=20.0)
     assert set(lost) == {dead_endpoint.url, silent_endpoint.url}
     assert [each.token_ids for each in responses] == [each.token_ids for each in expected]
-    with pytest.raises(EngineError, match="no engine is left"):
+    with pytest.raises(RunStopped, match="no engine is left"):
         dispatch(asks, [dead_endpoint], in_flight=4, timeout=5.0)
 
 
@@ -95,7 +96,11 @@ def test_server_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
 
 def test_arguments_are_checked_against_the_installed_package() -> None:
     check_arguments(str(PYTHON), {"mem_fraction_static": 0.5, "chunked_prefill_size": 64})
-    for name, words in {"mem_fraction": "not a field of the ServerArgs", "tp_size": "set by the run itself"}.items():
+    for name, words in {
+        "mem_fraction": "not a field of the ServerArgs",
+        "tp_size": "set by the run itself",
+        "dp_size": "each server is one",
+    }.items():
         with pytest.raises(OpdError, match=f"rollout.sglang.{name}: {words}"):
             check_arguments(str(PYTHON), {name: 1})
 
@@ -120,10 +125,11 @@ def test_colocated_servers_sleep_while_the_student_trains(tmp_path: Path) -> Non
     for record in runs.metrics(tmp_path / "run")[1:]:
         assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats
         assert record["weight_sync/probe_gap"] < 1e-4
-    for name in ("0-student", "1-teacher"):
+    calls = {"generate": "G", "release_memory_occupation": "S", "resume_memory_occupation": "W"}
+    for name, order in (("0-student", "G+(SW+G+){3}"), ("1-teacher", "G+S(WG+S){2}")):  # generate, sleep, wake
         log = (tmp_path / "run" / "sglang" / f"{name}.log").read_text()
-        assert log.count("POST /release_memory_occupation") == 3
-        assert log.count("POST /resume_memory_occupation") >= 2
+        seen = "".join(calls[path] for path in re.findall(rf"POST /({'|'.join(calls)}) ", log))
+        assert re.fullmatch(order, seen), seen
 
 
 @pytest.mark.parametrize("student", ["dense", "experts"])

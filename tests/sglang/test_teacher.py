@@ -23,7 +23,7 @@ from megatron_opd.sglang.client import Endpoint
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.server import Server, free_port
-from megatron_opd.types import FrozenScores, Objective, OpdError, OpdKind, PackedBatch, Prompt, Rollout, Source
+from megatron_opd.types import FrozenScores, Objective, OpdKind, PackedBatch, Prompt, Rollout, RunStopped, Source
 from tests import runs
 from tests.conftest import Table
 from tests.mcore.worlds import open_layout
@@ -220,7 +220,7 @@ def lose_all_but_one(endpoints: Sequence[Endpoint]) -> tuple[list[str], bool, st
     served.roster = Roster("teacher", endpoints[:1])
     try:
         served.verify([(5, 6, 7)])
-    except OpdError as error:
+    except RunStopped as error:
         return left, same, str(error)
     return left, same, ""
 

@@ -145,7 +145,10 @@ def test_what_fits_no_rule_goes_whole(shape: tuple[int, ...], engine: dict[str, 
 
 def test_buckets_are_bounded() -> None:
     tensors = [TensorInfo(str(size), torch.bfloat16, (size,)) for size in (10, 20, 30, 100, 5, 5)]
-    assert [[tensor.name for tensor in bucket] for bucket in buckets(tensors, 120)] == [["10", "20", "30"], ["100"], ["5", "5"]]
+    names = [[tensor.name for tensor in bucket] for bucket in buckets(tensors, 120)]
+    assert names == [["10", "20", "30"], ["100"], ["5", "5"]]
+    names = [[tensor.name for tensor in bucket] for bucket in buckets(tensors, 120, alone_from=60)]
+    assert names == [["10", "20"], ["30"], ["100"], ["5", "5"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

@@ -7,6 +7,7 @@ is reported instead, through the key-value store that the trainer opens.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,15 @@ from torch import Tensor, nn
 
 ABORT = "abort"  # key: somebody failed, nobody shall wait any longer
 _POLL_SECONDS, _ABORT_SECONDS = 0.0002, 0.5  # between looks at a transfer, and at the key above
+_NCCL_ERRORS, _NEVER = "TORCH_NCCL_ASYNC_ERROR_HANDLING", timedelta(days=7)
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-_IN_FLIGHT = 2  # buckets of each sender
+_IN_FLIGHT = 4  # buckets of each sender
 _CHUNK = 1 << 22  # elements of a digest's step
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so a product tells each place from the others
+
+
+class TransferFailed(RuntimeError):
+    """Bytes did not go through; who is at fault does not show here."""
 
 
 def receive(model: nn.Module, named_tensors: list[tuple[str, Tensor]]) -> None:
@@ -52,17 +58,20 @@ class Receiver:
 
     def obey(self, order: dict[str, Any], data: Sequence[Tensor]) -> None:
         """Do it, and report under the order's key: ``{"error": text or null, ...}``."""
-        report: dict[str, Any] = {"error": None}
+        report: dict[str, Any] = {"error": None, "victim": False}
         try:
+            self._parameters = dict(self._model.named_parameters())  # SGLang puts new ones in the place of some
             if order["action"] == "meet":
                 self._meet(order)
             report |= self._act(order, data)
+        except TransferFailed as error:
+            report |= {"error": str(error), "victim": True}
         except Exception as error:  # whatever it is, the server goes on and the trainer learns of it
             report["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         if self._store is not None:
             try:
                 self._store.set(order["report"], json.dumps(report))
-                if report["error"] is not None:  # those who send to this rank would wait
+                if report["error"] is not None and not report["victim"]:  # those who send to this rank would wait
                     self._store.set(ABORT, report["error"])
             except Exception:  # the trainer is gone
                 self.close()
@@ -72,18 +81,22 @@ class Receiver:
     def _act(self, order: dict[str, Any], data: Sequence[Tensor]) -> dict[str, Any]:
         match order["action"]:
             case "meet":
-                return {"parameters": {name: [list(each.shape), each.nbytes] for name, each in self._parameters.items()}}
+                shapes = {name: [list(each.shape), each.nbytes] for name, each in self._parameters.items()}
+                return {"parameters": shapes, "up_first": self._has_up_first()}
             case "join":
                 return self._join(order)
             case "load":
                 return self._load(order)
             case "place":
                 return self._place(order, data)
-            case "digest":
-                return {"digests": list(self._digests())}
             case "leave":
                 return {}
         raise ValueError(f"unknown action {order['action']}")
+
+    def _has_up_first(self) -> bool:
+        """Whether stacked experts have the up projection before the gate, as some of SGLang's kernels want it."""
+        methods = (vars(module).get("quant_method") for module in self._model.modules())
+        return any(getattr(method, "load_up_proj_weight_first", False) for method in methods)
 
     def close(self) -> None:
         for group in self._groups:
@@ -119,24 +132,36 @@ class Receiver:
         return {"bytes": received, "digests": list(self._digests()) if order["digests"] else None}
 
     def _load_from(self, group: Any, buckets: Sequence[dict[str, Any]]) -> int:
-        """One sender's buckets; the next one comes in while this one is put in its place."""
+        """One sender's buckets, several under way at once."""
         received = 0
-        waiting: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
-        largest = max((bucket["bytes"] for bucket in buckets), default=0)
-        buffers = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(_IN_FLIGHT)]
-        for number, bucket in enumerate(buckets):
+        waiting: deque[tuple[dict[str, Any], Tensor | None, Any]] = deque()
+        for bucket in buckets:
+            if not bucket["bytes"]:
+                continue
             if len(waiting) == _IN_FLIGHT:
                 self._put_when_here(*waiting.popleft())
-            flat = buffers[number % _IN_FLIGHT][: bucket["bytes"]]
-            waiting.append((bucket, flat, group.broadcast([flat])))
+            memory = self._memory_of(bucket)
+            flat = torch.empty(bucket["bytes"], dtype=torch.uint8, device=self._device) if memory is None else None
+            waiting.append((bucket, flat, group.broadcast([memory if flat is None else flat])))
             received += bucket["bytes"]
         for each in waiting:
             self._put_when_here(*each)
         return received
 
-    def _put_when_here(self, bucket: dict[str, Any], flat: Tensor, work: Any) -> None:
+    def _memory_of(self, bucket: dict[str, Any]) -> Tensor | None:
+        """[bytes] uint8: where a bucket of one piece belongs, if that is one stretch of memory."""
+        if len(bucket["pieces"]) > 1 or bucket["pieces"][0]["target"] is None:
+            return None
+        (piece,) = bucket["pieces"]
+        target = self._target(piece)
+        if not target.is_contiguous() or str(target.dtype) != f"torch.{piece['dtype']}":
+            return None
+        return target.view(-1).view(torch.uint8)
+
+    def _put_when_here(self, bucket: dict[str, Any], flat: Tensor | None, work: Any) -> None:
         finish([work], self._store, self._timeout)
-        self._put(bucket, flat)
+        if flat is not None:
+            self._put(bucket, flat)
 
     def _place(self, order: dict[str, Any], data: Sequence[Tensor]) -> dict[str, Any]:
         """A bucket that lies in memory which the trainer shares: a file on CPU, a CUDA IPC handle on GPU."""
@@ -184,29 +209,40 @@ def process_group(backend: str, store: Any, name: str, rank: int, size: int, tim
     own, limit = dist.PrefixStore(name, store), timedelta(seconds=timeout)
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        return dist.ProcessGroupNCCL(own, rank, size, options)
+        options._timeout = _NEVER  # ours come first: its own watchdog would end the process, and with it trainer or server
+        handling = os.environ.get(_NCCL_ERRORS)
+        os.environ[_NCCL_ERRORS] = "0"  # likewise for a peer that is gone; torch reads it while the group is made
+        try:
+            return dist.ProcessGroupNCCL(own, rank, size, options)
+        finally:
+            if handling is None:
+                del os.environ[_NCCL_ERRORS]
+            else:
+                os.environ[_NCCL_ERRORS] = handling
     return dist.ProcessGroupGloo(own, rank, size, limit)
 
 
 def finish(works: Sequence[Any], store: Any, timeout: float) -> None:
     """Until all are done.
 
-    Raises TimeoutError after ``timeout`` seconds, RuntimeError where one failed or :data:`ABORT` is set.
+    Raises TransferFailed after ``timeout`` seconds, where one failed, or where :data:`ABORT` is set.
     """
     now = time.monotonic()
     deadline, look = now + timeout, now + _ABORT_SECONDS
     while not all(work.is_completed() for work in works):
         now = time.monotonic()
         if now > deadline:
-            raise TimeoutError(f"weights did not go through in {timeout:.0f} s")
+            raise TransferFailed(f"weights did not go through in {timeout:.0f} s")
         if now > look:
             if store.check([ABORT]):
-                raise RuntimeError(f"given up: {store.get(ABORT).decode()}")
+                raise TransferFailed(f"given up: {store.get(ABORT).decode()}")
             look = now + _ABORT_SECONDS
         time.sleep(_POLL_SECONDS)
-    for work in works:
-        work.wait()
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        raise TransferFailed(str(error)) from error
 
 
 def synchronize(device: torch.device) -> None:
