@@ -67,7 +67,8 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
     if system.weight_sync:
         system.weight_sync.push(state.policy_version)
     if state.step == 0:
-        _evaluate_start(config, inputs, system, state, reporter)
+        with trainer.off_device():
+            _evaluate_start(config, inputs, system, state, reporter)
     multiples = Multiples.of(config.layouts.values())
     clock = Clock()
 
@@ -110,7 +111,8 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         record |= system.engine.figures() if system.engine else {}
         record |= sync.figures() if sync else {}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
-            record |= _evaluate(config, inputs, system.engine, state, "after")
+            with trainer.off_device():
+                record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, alarms)
         state.monitors = system.monitors.state_dict()
         saver.poll()

@@ -347,8 +347,8 @@ class WeightSync(Protocol):
     def push(self, version: int) -> SyncStats | None:
         """The student's current weights become the engine's; its later rollouts carry ``version``.
 
-        Collective over the world; None in the same process, where nothing is sent. Raises OpdError where the engine does not
-        have them all afterwards.
+        Collective over the world; None in the same process, where nothing is sent. Raises OpdError or RunStopped where the
+        engine does not have them all afterwards.
         """
         ...
 

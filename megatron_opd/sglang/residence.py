@@ -23,13 +23,15 @@ class Residence:
         self._timeout, self._roster = timeout, roster
         self._released: dict[Endpoint, set[Kind]] = {}
 
-    def release(self, endpoints: Iterable[Endpoint]) -> None:
-        """They give up all of it; weights that are not pushed again are lost, but with ``enable_weights_cpu_backup``.
+    def release(self, endpoints: Iterable[Endpoint], kinds: Iterable[Kind] = _ALL) -> None:
+        """They give up memory of these kinds; weights not pushed again are lost, but with ``enable_weights_cpu_backup``.
 
         One whose call fails, or that still has requests after half a minute, is lost. Raises EngineError, with the names of
         those, when all have been asked.
         """
-        self._each([endpoint for endpoint in endpoints if endpoint not in self._released], self._release)
+        wanted = set(kinds)
+        awake = [endpoint for endpoint in endpoints if wanted - self._released.get(endpoint, set())]
+        self._each(awake, lambda client: self._release(client, wanted))
 
     def resume(self, endpoints: Iterable[Endpoint], kinds: Iterable[Kind] = _ALL) -> None:
         """They have memory of these kinds again; weights come back without content.
@@ -61,10 +63,11 @@ class Residence:
             client.close()
         return None
 
-    def _release(self, client: Client) -> None:
+    def _release(self, client: Client, wanted: set[Kind]) -> None:
+        kinds = wanted - self._released.get(client.endpoint, set())
         _wait_until_idle(client)
-        client.post("/release_memory_occupation", tags=list(_ALL))
-        self._released[client.endpoint] = set(_ALL)
+        client.post("/release_memory_occupation", tags=[kind for kind in _ALL if kind in kinds])
+        self._released.setdefault(client.endpoint, set()).update(kinds)
 
     def _resume(self, client: Client, wanted: set[Kind]) -> None:
         kinds = self._released[client.endpoint] & wanted

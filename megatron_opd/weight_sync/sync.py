@@ -52,9 +52,9 @@ class EngineSync:
     def push(self, version: int) -> SyncStats:
         """The student's current weights become the engines'; their later responses carry ``version``.
 
-        An engine that fails is lost, and the others are served without it; one that has come back is served again. Raises, on
-        every rank and with the engine's name, OpdError where none is left or a transfer fails again and again, RunStopped where
-        an engine afterwards has other weights than the student.
+        An engine that fails is lost, and the others are served without it; one that has come back is served again. Raises
+        RunStopped, on every rank and with the engine's name, where none is left, a transfer fails again and again, or an engine
+        afterwards has other weights than the student.
         """
         failures: list[str] = []  # the same on all ranks
         while len(failures) < _ATTEMPTS:
@@ -73,7 +73,7 @@ class EngineSync:
             else:
                 self._first_rank.run(self._admit)
                 return SyncStats(received_bytes=delivery.received, shard_bytes=delivery.kept, probe_gap=gap)
-        raise OpdError(f"{'; '.join(dict.fromkeys(failures))}; see the logs of the servers")
+        raise RunStopped(f"{'; '.join(dict.fromkeys(failures))}; see the logs of the servers")
 
     def leave(self) -> None:
         """The trainer and the engines forget each other; not collective."""
@@ -134,11 +134,16 @@ class EngineSync:
 
         def compare() -> float:
             assert self._members is not None
-            if self._residence is not None:
-                self._residence.resume(self._members.endpoints)
-            return max(self._members.call(lambda client: probe.compare(client, expected)))
+            endpoints, residence = self._members.endpoints, self._residence
+            if residence is not None:
+                residence.resume(endpoints)
+            gap = max(self._members.call(lambda client: probe.compare(client, expected)))
+            if residence is not None:  # until the rollouts: the training has the memory
+                residence.release(endpoints, ["kv_cache", "cuda_graph"])
+            return gap
 
-        return self._first_rank.run(compare)
+        with self._trainer.off_device():
+            return self._first_rank.run(compare)
 
     def _admit(self) -> None:
         assert self._members is not None

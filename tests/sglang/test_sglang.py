@@ -126,7 +126,8 @@ def test_colocated_servers_sleep_while_the_student_trains(tmp_path: Path) -> Non
         assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats
         assert record["weight_sync/probe_gap"] < 1e-4
     calls = {"generate": "G", "release_memory_occupation": "S", "resume_memory_occupation": "W"}
-    for name, order in (("0-student", "G+(SW+G+){3}"), ("1-teacher", "G+S(WG+S){2}")):  # generate, sleep, wake
+    # The weights wake first, for a push; then all, for the probe; the cache sleeps until it is used again.
+    for name, order in (("0-student", "GSWG+(SWWGSWG+){3}"), ("1-teacher", "G+S(WG+S){2}")):
         log = (tmp_path / "run" / "sglang" / f"{name}.log").read_text()
         seen = "".join(calls[path] for path in re.findall(rf"POST /({'|'.join(calls)}) ", log))
         assert re.fullmatch(order, seen), seen

@@ -21,7 +21,7 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.hf_export import Export
 from megatron_opd.sglang.client import Client
 from megatron_opd.sglang.server import Server, free_port
-from megatron_opd.types import OpdError, RunStopped, SamplingParams
+from megatron_opd.types import RunStopped, SamplingParams
 from tests.conftest import Table
 from tests.mcore.worlds import build_student
 from tests.sglang.conftest import START_UP_SECONDS, spec
@@ -169,7 +169,7 @@ def push_under(push: Push, fault: Fault) -> tuple[str, list[str], float]:
     start, failure = time.monotonic(), ""
     try:
         sync.push(2)
-    except OpdError as error:
+    except RunStopped as error:
         failure = str(error)
     seconds = time.monotonic() - start
     serving = first_rank.run(lambda: [endpoint.url for endpoint in roster.serving()])
