@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_opd.mcore.hf_export import TensorInfo
 from megatron_opd.mcore.hf_mapping import Dimensions
-from megatron_opd.sglang.client import Endpoint, EngineError
+from megatron_opd.sglang.client import EngineError
 from megatron_opd.weight_sync.delivery import Delivery, WeightsDiffer
 from megatron_opd.weight_sync.members import Members, Reports
 from megatron_opd.weight_sync.pieces import Piece, Shapes, piece_of, unsent
@@ -99,29 +99,31 @@ def make_plan(
     if any(report["up_first"] for engine in met for report in engine):  # their halves are swapped: let SGLang place them
         shapes = [{name: shape for name, shape in each.items() if not name.endswith("w13_weight")} for each in shapes]
 
-    def parcel(bucket: Sequence[TensorInfo], rank: int) -> Parcel:
-        pieces = (piece_of(tensor, shapes[rank], rank, members.tp, dims) for tensor in bucket)
-        return Parcel(tuple(tensor.name for tensor in bucket), tuple(piece for piece in pieces if piece.nbytes))
-
     ranks = range(members.tp)
-    parcels = [
-        [[parcel(bucket, rank) for rank in ranks] for bucket in buckets(stream, bucket_bytes, alone_from)] for stream in streams
+    pieces = [
+        {tensor.name: piece_of(tensor, shapes[rank], rank, members.tp, dims) for stream in streams for tensor in stream}
+        for rank in ranks
     ]
-    plan = Plan(parcels, [], sum(size for each in first for _, size in each.values()) / len(first))
     for rank in ranks:
-        _check_complete(plan, rank, shapes[rank], members.endpoints[0])
-    return Plan(parcels, [list(unsent(plan.pieces(rank), shapes[rank])) for rank in ranks], plan.kept)
+        _check_complete(pieces[rank].values(), shapes[rank], f"SGLang server {members.endpoints[0].url}, rank {rank}")
+
+    def parcel(bucket: Sequence[TensorInfo], rank: int) -> Parcel:
+        names = tuple(tensor.name for tensor in bucket)
+        return Parcel(names, tuple(pieces[rank][name] for name in names if pieces[rank][name].nbytes))
+
+    return Plan(
+        [[[parcel(bucket, rank) for rank in ranks] for bucket in buckets(each, bucket_bytes, alone_from)] for each in streams],
+        [list(unsent(pieces[rank].values(), shapes[rank])) for rank in ranks],
+        sum(size for each in first for _, size in each.values()) / len(first),
+    )
 
 
-def _check_complete(plan: Plan, rank: int, shapes: Shapes, endpoint: Endpoint) -> None:
-    """Raises EngineError with the first parameter that nothing is sent for, unless SGLang's own loader places some."""
-    targets = {piece.target for piece in plan.pieces(rank)}
+def _check_complete(pieces: Iterable[Piece], shapes: Shapes, engine: str) -> None:
+    """Raises EngineError with the first parameter that no tensor belongs to, unless SGLang's own loader places some."""
+    targets = {piece.target for piece in pieces}
     missing = [name for name in shapes if name not in targets]
     if missing and None not in targets:
-        raise EngineError(
-            f"SGLang server {endpoint.url}, rank {rank}: the student has nothing for its parameter {missing[0]}; "
-            "serve the student's own model"
-        )
+        raise EngineError(f"{engine}: the student has nothing for its parameter {missing[0]}; serve the student's own model")
 
 
 def buckets(tensors: Iterable[TensorInfo], limit: int, alone_from: int | None = None) -> list[list[TensorInfo]]:

@@ -47,7 +47,7 @@ def filled(tensors: dict[str, Tensor], parameters: dict[str, Tensor], rank: int,
     flat = torch.empty(parcel.nbytes, dtype=torch.uint8)
     for name, full in tensors.items():
         parcel.write(name, full, flat)
-    for name in unsent(kept, shapes):
+    for name in unsent(pieces, shapes):
         parameters[name].zero_()
     command = {
         "pieces": [
@@ -88,9 +88,8 @@ def test_padding_of_the_feed_forward_layer_is_zero(tp: int, padded: int) -> None
         def own(full: Tensor, rank: int = rank) -> Tensor:
             return torch.nn.functional.pad(full, (0, 0, 0, padded - 10))[rank * each : (rank + 1) * each]
 
-        if rank * each < 10:
-            assert torch.equal(fused, torch.cat([own(gate), own(up)]))
-            assert torch.equal(rows, own(down.T).T)
+        assert torch.equal(fused, torch.cat([own(gate), own(up)]))  # of a last rank it may be all padding
+        assert torch.equal(rows, own(down.T).T)
 
 
 @pytest.mark.parametrize("spread", ["each expert over the ranks", "experts of its own"])
