@@ -35,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="interpreter of SGLang's environment")
     parser.add_argument("--requests", type=int, default=96)
-    parser.add_argument("--in-flight", type=int, default=32)
+    parser.add_argument("--in-flight", type=int, default=64, help="as rollout.max_batch_size")
+    parser.add_argument("--running", type=int, default=32, help="sequences that the server decodes at once; others wait there")
     parser.add_argument("--equal", type=int, default=48, help="response tokens of the first workload")
     parser.add_argument("--longest", type=int, default=200, help="most response tokens of the second")
     parser.add_argument("--repeats", type=int, default=5)
@@ -49,7 +50,7 @@ def main() -> None:
         model = Path(folder) / "model"
         make_model(model, hidden=128, layers=4, vocab=1000)
         server = Server(
-            server_spec(options.python, model, 1, Path(folder) / "server.log", max_running_requests=options.in_flight)
+            server_spec(options.python, model, 1, Path(folder) / "server.log", max_running_requests=options.running)
         )
         try:
             server.wait_until_ready(600.0)

@@ -4,7 +4,8 @@
 
 Bare broadcast: as many processes as there are engine ranks receive from the sender what each of them keeps, each in a group of
 two and in one piece. Ours: a whole push but for the probe; the first one, which has digests, is left out. The three
-alternate within each repeat; the median of the ratios is printed.
+alternate within each repeat; the median of the ratios is printed. So is the time of ``/flush_cache`` alone, which a push
+contains: on CPU SGLang collects Python's garbage in it, which has nothing to do with the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, t
 from megatron_opd.mcore.parallel import init_layout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
-from megatron_opd.sglang.client import Endpoint
+from megatron_opd.sglang.client import Client, Endpoint
 from megatron_opd.sglang.engine_side.opd_weights import finish, process_group
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
@@ -114,7 +115,8 @@ def _rank(rank: int, trainer_size: int, measurement: Measurement) -> None:
     sync = EngineSync(trainer, first_rank, roster, carrier, None, tp=measurement.engine_tp, host=HOST, timeout=300.0)
     stats = sync.push(0)
     floor = _Floor(measurement, 0) if rank == 0 else None
-    seconds: dict[str, list[float]] = {"push": [], "broadcast": [], "copy": []}
+    seconds: dict[str, list[float]] = {"push": [], "flush": [], "broadcast": [], "copy": []}
+    client = Client(measurement.endpoint, 60.0)
     for repeat in range(measurement.repeats):
         dist.barrier()
         start = time.perf_counter()
@@ -122,6 +124,9 @@ def _rank(rank: int, trainer_size: int, measurement: Measurement) -> None:
         seconds["push"].append(time.perf_counter() - start)
         dist.barrier()
         if floor is not None:
+            start = time.perf_counter()
+            client.post("/flush_cache")
+            seconds["flush"].append(time.perf_counter() - start)
             seconds["broadcast"].append(floor.send(int(stats.received_bytes)))
             seconds["copy"].append(_copy(int(stats.received_bytes) * measurement.engine_tp))
     if floor is not None:
@@ -131,12 +136,16 @@ def _rank(rank: int, trainer_size: int, measurement: Measurement) -> None:
 
 
 def _report(received: float, kept: float, seconds: dict[str, list[float]]) -> None:
-    def ratio(floor: str) -> float:
-        return statistics.median(other / push for push, other in zip(seconds["push"], seconds[floor], strict=True))
+    without_flush = [push - flush for push, flush in zip(seconds["push"], seconds["flush"], strict=True)]
+
+    def ratio(floor: str, own: list[float]) -> float:
+        return statistics.median(other / each for each, other in zip(own, seconds[floor], strict=True))
 
     print(
         f"  an engine rank received {received / 2**20:.1f} MiB, {received / kept:.3f} of its parameters; push "
-        f"{min(seconds['push']):.3f} s; bare broadcast / push {ratio('broadcast'):.2f}, memory copy / push {ratio('copy'):.2f}"
+        f"{statistics.median(seconds['push']):.3f} s, of which /flush_cache {statistics.median(seconds['flush']):.3f} s; bare "
+        f"broadcast / push {ratio('broadcast', seconds['push']):.2f}, memory copy / push {ratio('copy', seconds['push']):.2f}; "
+        f"without the flush {ratio('broadcast', without_flush):.2f} and {ratio('copy', without_flush):.2f}"
     )
 
 
