@@ -47,7 +47,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not sglang" $(ARGS)
 
 # Beside the version that pip resolves, not in its place; 0.19.2 declares Python 3.12, but its code runs on 3.11.
 $(MCORE)/.installed: $(INSTALLED)
