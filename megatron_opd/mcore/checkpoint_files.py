@@ -264,7 +264,13 @@ def root_cause(error: BaseException) -> str:
         return next((root_cause(each) for each, _ in error.failures.values()), "")
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if "inline_container" in str(error):  # torch's archive writer, whose words hide the system's reason
+        return f"a file could not be written whole: no space left, a quota, or a limit on its size ({_line(error)})"
+    return _line(error) or type(error).__name__
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _make_room(folder: Path) -> None:

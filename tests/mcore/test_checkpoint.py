@@ -325,7 +325,8 @@ def test_failure_to_write_is_agreed_on_and_leaves_the_last_checkpoint(
     pool: WorkerPool, models: tuple[str, str], tmp_path: Path, obstacle: str, words: str, left: list[str]
 ) -> None:
     for message, names in pool.run(2, save_in_vain, models[0], str(tmp_path), obstacle):
-        assert words in message or "OSError" in message  # all that 0.19 keeps of the reason
+        # OSError is all that 0.19 keeps of the reason; torch's writer may hide it, by where in the file the limit falls.
+        assert words in message or "OSError" in message or message.startswith("a file could not be written whole")
         assert names == sorted([*left, "iter_0000001", "latest_checkpointed_iteration.txt"])
     assert damage(tmp_path / "iter_0000001") is None
     path, _ = pool.run(2, verified, str(tmp_path))[0]
