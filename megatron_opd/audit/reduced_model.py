@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
-from megatron_opd.mcore.hf_mapping import Dimensions
 from megatron_opd.mcore.model import model_spec
+from megatron_opd.mcore.sharding import Dimensions
 
 _HEAD_SIZE = 16
 _OTHER_HEAD_SIZE = 24  # where config.json gives head_dim by itself: not hidden / heads

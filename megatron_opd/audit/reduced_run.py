@@ -15,10 +15,11 @@ from megatron_opd.data.packing import context_slice
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.hf_export import Export
-from megatron_opd.mcore.hf_mapping import Sharding, entries, named_parameters
+from megatron_opd.mcore.hf_mapping import entries, named_parameters
 from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.sharding import Sharding
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.preflight import Inputs
 from megatron_opd.scoring.megatron import MegatronScorer

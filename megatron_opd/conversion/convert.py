@@ -16,8 +16,9 @@ from megatron_opd.conversion.target import copy_all_but_weights, new_folder
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
-from megatron_opd.mcore.hf_mapping import Entry, entries
+from megatron_opd.mcore.hf_mapping import entries
 from megatron_opd.mcore.model import model_spec
+from megatron_opd.mcore.sharding import Entry
 from megatron_opd.mcore.torch_dist import WeightWriter
 from megatron_opd.mcore.weight_places import Blueprint, blueprint
 from megatron_opd.types import OpdError

@@ -14,10 +14,12 @@ from torch import Tensor
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.safetensors_file import dtype_named
 from megatron_opd.hf_folder import HFFolder, expected_shapes
+from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
 from megatron_opd.mcore.hf_export import TensorInfo
-from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD, Entry, entries
+from megatron_opd.mcore.hf_mapping import entries
 from megatron_opd.mcore.megatron_lm import check_weights, content_metadata, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec
+from megatron_opd.mcore.sharding import Entry
 from megatron_opd.mcore.torch_dist import WeightReader
 from megatron_opd.mcore.weight_places import blueprint
 from megatron_opd.types import OpdError

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
-from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD
+from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
 from megatron_opd.mcore.megatron_lm import load_head, load_megatron_lm
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, frozen_layout

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, Dimensions, Entry, entries, named_parameters
+from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, entries, named_parameters
 from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.sharding import Dimensions, Entry
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import LATEST, root_cause
-from megatron_opd.mcore.hf_mapping import EMBEDDING, LM_HEAD
+from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.types import OpdError

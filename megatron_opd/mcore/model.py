@@ -23,14 +23,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
-from megatron_opd.mcore.hf_mapping import Dimensions, load_weights, table_for
+from megatron_opd.mcore.families import family_of
+from megatron_opd.mcore.hf_mapping import load_weights
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.sharding import Dimensions
 from megatron_opd.types import OpdError, PackedBatch
 
 _VOCAB_MULTIPLE = 128  # as Megatron-LM pads
 RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
-_EXACT_ROPE = ("default", "linear", "llama3")  # kinds that are a change of the inverse frequencies alone
 
 
 class HiddenStateModel(GPTModel):
@@ -97,20 +98,13 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
     """Check that the model can be computed exactly, and fits the layout. ``section`` of the config is named in errors."""
     key, axes = f"{section}.model", f"{section}.parallel"
     try:
-        table_for(folder.architecture)
+        family = family_of(folder.architecture)
     except OpdError as error:
         raise OpdError(f"{key}: {error}") from error
     hf = folder.config
-    fields = hf.to_dict()
-    flags = ["attention_bias", "mlp_bias", "use_sliding_window", "mlp_only_layers"]
-    if "use_sliding_window" not in fields:
-        flags.append("sliding_window")
-    for flag in flags:
-        if fields.get(flag):
-            raise OpdError(f"{key}: {folder.path / 'config.json'} sets {flag}={fields[flag]}, which is not supported")
-    if fields.get("decoder_sparse_step", 1) != 1:
-        raise OpdError(f"{key}: {folder.path / 'config.json'} mixes dense and expert layers, which is not supported")
-    experts = fields.get("num_local_experts") or fields.get("num_experts") or 0
+    for refusal in family.refusals(hf):
+        raise OpdError(f"{key}: {folder.path / 'config.json'} {refusal}")
+    experts = family.experts(hf)
     if experts and parallel.tp > 1 and not parallel.sequence_parallel:
         raise OpdError(f"{key}: experts with tp={parallel.tp} need {axes}.sequence_parallel=true; set it")
     if experts and parallel.tp > 1 and parallel.ep == 1 and section == "student":
@@ -118,11 +112,9 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
         raise OpdError(f"{key}: experts with tp={parallel.tp} and ep=1 get wrong gradients in Megatron; set ep={parallel.tp}")
     if not experts and parallel.ep > 1:
         raise OpdError(f"{axes}.ep: {parallel.ep}, but {key} has no experts; set ep=1")
-    if hf.hidden_act != "silu":
-        raise OpdError(f"{key}: {folder.path / 'config.json'} sets hidden_act={hf.hidden_act}; only silu is supported")
     rope_type = hf.rope_parameters["rope_type"]
-    if rope_type not in _EXACT_ROPE:
-        raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported; supported are {', '.join(_EXACT_ROPE)}")
+    if rope_type not in family.rope_kinds:
+        raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported; supported are {', '.join(family.rope_kinds)}")
     for name, value, axis, size in (
         ("num_attention_heads", hf.num_attention_heads, "tp", parallel.tp),
         ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
@@ -166,8 +158,6 @@ def transformer_config(
         "activation_func": torch.nn.functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "add_qkv_bias": spec.architecture == "Qwen2ForCausalLM",
-        "qk_layernorm": spec.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
@@ -185,7 +175,8 @@ def transformer_config(
         # Packed micro-batches differ in length; Megatron asks for this dispatcher even in dense models.
         "variable_seq_lengths": parallel.pp > 1,
         "moe_token_dispatcher_type": "alltoall",
-        **(_expert_fields(spec, platform) if dims.experts else {}),
+        **(_expert_fields(dims, platform) if dims.experts else {}),
+        **family_of(spec.architecture).fields(hf),
     }
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -206,19 +197,9 @@ def transformer_config(
         raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
 
 
-def _expert_fields(spec: ModelSpec, platform: Platform) -> dict[str, Any]:
-    """Routing as transformers has it: softmax over the chosen experts alone where their weights are normalised.
-
-    No auxiliary loss: the distillation target moves the router, and balancing would be a second objective.
-    """
-    fields = spec.hf.to_dict()
+def _expert_fields(dims: Dimensions, platform: Platform) -> dict[str, Any]:
     return {
-        "num_moe_experts": spec.dims.experts,
-        "moe_router_topk": fields["num_experts_per_tok"],
-        "moe_ffn_hidden_size": fields.get("moe_intermediate_size") or fields["intermediate_size"],
-        "moe_router_pre_softmax": not fields.get("norm_topk_prob", True),
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+        "num_moe_experts": dims.experts,
         "moe_grouped_gemm": platform.transformer_engine,
         "expert_tensor_parallel_size": 1,
     }
@@ -253,7 +234,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
-    assert attention_factor == 1.0  # holds for every kind in _EXACT_ROPE
+    assert attention_factor == 1.0  # holds for every kind that the families have
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
     if not with_head and is_last:
         chunk.output_layer = None

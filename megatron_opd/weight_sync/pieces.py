@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from megatron_opd.mcore.hf_export import TensorInfo
-from megatron_opd.mcore.hf_mapping import Dimensions
+from megatron_opd.mcore.sharding import Dimensions
 
 Region = tuple[tuple[int, int], ...]  # first index and count of each dimension
 Shapes = Mapping[str, Sequence[int]]  # of an engine rank's parameters, by name

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_opd.mcore.hf_export import TensorInfo
-from megatron_opd.mcore.hf_mapping import Dimensions
+from megatron_opd.mcore.sharding import Dimensions
 from megatron_opd.sglang.client import EngineError
 from megatron_opd.weight_sync.delivery import Delivery, WeightsDiffer
 from megatron_opd.weight_sync.members import Members, Reports

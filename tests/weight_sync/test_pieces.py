@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opd.mcore.hf_export import TensorInfo
-from megatron_opd.mcore.hf_mapping import Dimensions
+from megatron_opd.mcore.sharding import Dimensions
 from megatron_opd.sglang.engine_side.opd_weights import Receiver, digest
 from megatron_opd.weight_sync.pieces import Piece, piece_of, unsent
 from megatron_opd.weight_sync.plan import Parcel, buckets

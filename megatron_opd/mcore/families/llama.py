@@ -1,0 +1,44 @@
+"""Llama, and what is built like it: RMSNorm, rotary positions, grouped queries, a gated MLP."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from megatron_opd.mcore.families.family import EMBEDDING, FINAL_NORM, LM_HEAD, Family, flags_set, layer, other_activation
+from megatron_opd.mcore.sharding import QKV, Entry, GatedMLP, Row, Sharding
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION = (
+    layer("input_layernorm.weight", Sharding(), "input_layernorm.weight"),
+    layer("self_attention.linear_qkv.weight", QKV(), *(f"{name}.weight" for name in PROJECTIONS)),
+    layer("self_attention.linear_proj.weight", Row(), "self_attn.o_proj.weight"),
+    layer("pre_mlp_layernorm.weight", Sharding(), "post_attention_layernorm.weight"),
+)
+QKV_BIAS = (layer("self_attention.linear_qkv.bias", QKV(), *(f"{name}.bias" for name in PROJECTIONS)),)
+QK_NORM = (
+    layer("self_attention.q_layernorm.weight", Sharding(), "self_attn.q_norm.weight"),
+    layer("self_attention.k_layernorm.weight", Sharding(), "self_attn.k_norm.weight"),
+)
+MLP = (
+    layer("mlp.linear_fc1.weight", GatedMLP(), "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    layer("mlp.linear_fc2.weight", Row(), "mlp.down_proj.weight"),
+)
+
+
+def decoder(*parts: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """A table: these parts of each layer, between embedding and head."""
+    return (EMBEDDING, *(entry for part in parts for entry in part), FINAL_NORM, LM_HEAD)
+
+
+def _llama_refusals(hf: PretrainedConfig) -> list[str]:
+    return other_activation(hf) + flags_set(hf, "attention_bias", "mlp_bias")
+
+
+def qwen_refusals(hf: PretrainedConfig) -> list[str]:
+    """Their ``sliding_window`` counts only where ``use_sliding_window`` is set."""
+    return other_activation(hf) + flags_set(hf, "attention_bias", "use_sliding_window")
+
+
+LLAMA = Family(decoder(ATTENTION, MLP), refusals=_llama_refusals)
+QWEN2 = Family(decoder(ATTENTION, QKV_BIAS, MLP), lambda hf: {"add_qkv_bias": True}, qwen_refusals)
+QWEN3 = Family(decoder(ATTENTION, QK_NORM, MLP), lambda hf: {"qk_layernorm": True}, qwen_refusals)
