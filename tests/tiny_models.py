@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")  # ids 0 to 4; the words follow
 EOS_ID = SPECIAL_TOKENS.index("<eos>")
@@ -33,6 +34,7 @@ _CONFIGS = {
     "qwen3": Qwen3Config,
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
+    "mistral": MistralConfig,
 }
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -68,10 +70,14 @@ def make_model(
     rope_scaling: dict[str, Any] | None = None,
     max_shard_size: str | None = None,
     vocab_words: Sequence[str] | None = None,
+    **fields: Any,
 ) -> PreTrainedModel:
     """Write a random fp32 model and its tokenizer (words w5, w6, ... unless given) to ``folder``; returns the model.
 
     Weights are large enough that logits spread over several nats, norms and biases are random: a wrong or missing tensor shows.
+
+    Args:
+        fields: more of config.json.
     """
     config = _CONFIGS[arch](
         vocab_size=vocab_size,
@@ -86,7 +92,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=EOS_ID,
         pad_token_id=0,
-        **_EXPERTS.get(arch, {}),
+        **{**_EXPERTS.get(arch, {}), **fields},
         **({} if rope_scaling is None else {"rope_scaling": rope_scaling}),
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

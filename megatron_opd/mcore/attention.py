@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -39,6 +40,8 @@ class PortableCoreAttention(torch.nn.Module):
             raise ValueError(f"portable attention is causal self-attention, got {attn_mask_type} {attention_type}")
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.dropout = config.attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None  # tokens, the query's own among them
         self.cp: ProcessGroup | None = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
@@ -58,19 +61,8 @@ class PortableCoreAttention(torch.nn.Module):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()  # of whole sequences
         if self.cp is not None:
             return self._context_parallel(query, key, value, lengths, self.cp)
-        parts = [
-            F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None],  # [1, heads/tp, length, d]
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=k.shape[1] != q.shape[1],
-            )[0].transpose(0, 1)
-            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
-        return torch.cat(parts).flatten(1)  # [T, heads/tp * d]
+        sequences = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in sequences]).flatten(1)  # [T, heads/tp * d]
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], cp: ProcessGroup) -> Tensor:
         """Each of this rank's two chunks of a sequence attends to everything up to its end."""
@@ -80,21 +72,30 @@ class PortableCoreAttention(torch.nn.Module):
         for length, k, v in zip(lengths, keys, values, strict=True):
             chunk = length // (2 * size)
             for number in (rank, 2 * size - 1 - rank):
-                q, end = query[start : start + chunk], (number + 1) * chunk
-                past = torch.ones(chunk, end, dtype=torch.bool, device=q.device).tril(end - chunk)
-                parts.append(
-                    F.scaled_dot_product_attention(
-                        q.transpose(0, 1)[None],
-                        k[:end].transpose(0, 1)[None],
-                        v[:end].transpose(0, 1)[None],
-                        attn_mask=past,
-                        dropout_p=self.dropout if self.training else 0.0,
-                        scale=self.scale,
-                        enable_gqa=k.shape[1] != q.shape[1],
-                    )[0].transpose(0, 1)
-                )
+                end = (number + 1) * chunk
+                parts.append(self._attend(query[start : start + chunk], k[:end], v[:end]))
                 start += chunk
         return torch.cat(parts).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last rows of a sequence [rows, heads/tp, d] to all of it up to their end [end, groups/tp, d]; as the queries."""
+        rows, end = len(query), len(key)
+        mask = None
+        if rows < end or (self.window is not None and end > self.window):
+            mask = torch.ones(rows, end, dtype=torch.bool, device=query.device).tril(end - rows)
+            if self.window is not None:
+                mask = mask.triu(end - rows - self.window + 1)
+        result: Tensor = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],  # [1, heads/tp, rows, d]
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return result[0].transpose(0, 1)
 
 
 def _gather_sequences(local: Tensor, lengths: list[int], cp: ProcessGroup) -> list[Tensor]:

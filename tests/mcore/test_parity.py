@@ -38,6 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3 (qk norm)": {"arch": "qwen3"},
     "qwen3, tied": {"arch": "qwen3", "tied": True},
     "llama, sharded file": {"arch": "llama", "max_shard_size": "20KB"},
+    "mistral, window": {"arch": "mistral", "sliding_window": 5},
+    "qwen3, window": {"arch": "qwen3", "layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_opd.mcore.families.family import Family, flags_set, layer, other_activation
+from megatron_opd.mcore.families.family import Family, flags_set, layer, other_activation, window
 from megatron_opd.mcore.families.llama import ATTENTION, QK_NORM, decoder, qwen_refusals
 from megatron_opd.mcore.sharding import Entry, GatedMLP, Row, Sharding
 
@@ -36,10 +36,6 @@ def routing(hf: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _mixtral_refusals(hf: PretrainedConfig) -> list[str]:
-    return other_activation(hf) + flags_set(hf, "sliding_window")
-
-
 def _qwen3_moe_refusals(hf: PretrainedConfig) -> list[str]:
     mixed = hf.to_dict().get("decoder_sparse_step", 1) != 1
     return (
@@ -51,13 +47,13 @@ def _qwen3_moe_refusals(hf: PretrainedConfig) -> list[str]:
 
 MIXTRAL = Family(
     decoder(ATTENTION, experts("block_sparse_moe", "w1", "w3", "w2")),
-    routing,
-    _mixtral_refusals,
+    lambda hf: {**window(hf), **routing(hf)},
+    other_activation,
     lambda hf: int(hf.num_local_experts),
 )
 QWEN3_MOE = Family(
     decoder(ATTENTION, QK_NORM, experts("mlp", "gate_proj", "up_proj", "down_proj")),
-    lambda hf: {"qk_layernorm": True, **routing(hf)},
+    lambda hf: {"qk_layernorm": True, **window(hf), **routing(hf)},
     _qwen3_moe_refusals,
     lambda hf: int(hf.num_experts),
 )

@@ -39,6 +39,18 @@ def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -
     return Entry(f"decoder.layers.{{i}}.{megatron}", names, sharding, layers)
 
 
+def window(hf: PretrainedConfig) -> dict[str, Any]:
+    """Fields for ``sliding_window``, in the layers that config.json gives one: all unless it lists their types."""
+    fields = hf.to_dict()
+    size, types = fields.get("sliding_window"), fields.get("layer_types")
+    if not size or (types and "sliding_attention" not in types):
+        return {}
+    return {
+        "window_size": (size - 1, 0),  # tokens to the left of a query's own, and to its right
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in types] if types else None,
+    }
+
+
 def flags_set(hf: PretrainedConfig, *names: str) -> list[str]:
     """A refusal for each of these keys that config.json sets to anything but false, zero or nothing."""
     fields = hf.to_dict()

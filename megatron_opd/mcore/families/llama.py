@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megatron_opd.mcore.families.family import EMBEDDING, FINAL_NORM, LM_HEAD, Family, flags_set, layer, other_activation
+from megatron_opd.mcore.families.family import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    Family,
+    flags_set,
+    layer,
+    other_activation,
+    window,
+)
 from megatron_opd.mcore.sharding import QKV, Entry, GatedMLP, Row, Sharding
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -35,10 +44,10 @@ def _llama_refusals(hf: PretrainedConfig) -> list[str]:
 
 
 def qwen_refusals(hf: PretrainedConfig) -> list[str]:
-    """Their ``sliding_window`` counts only where ``use_sliding_window`` is set."""
-    return other_activation(hf) + flags_set(hf, "attention_bias", "use_sliding_window")
+    return other_activation(hf) + flags_set(hf, "attention_bias")
 
 
 LLAMA = Family(decoder(ATTENTION, MLP), refusals=_llama_refusals)
-QWEN2 = Family(decoder(ATTENTION, QKV_BIAS, MLP), lambda hf: {"add_qkv_bias": True}, qwen_refusals)
-QWEN3 = Family(decoder(ATTENTION, QK_NORM, MLP), lambda hf: {"qk_layernorm": True}, qwen_refusals)
+MISTRAL = Family(decoder(ATTENTION, MLP), window, other_activation)
+QWEN2 = Family(decoder(ATTENTION, QKV_BIAS, MLP), lambda hf: {"add_qkv_bias": True, **window(hf)}, qwen_refusals)
+QWEN3 = Family(decoder(ATTENTION, QK_NORM, MLP), lambda hf: {"qk_layernorm": True, **window(hf)}, qwen_refusals)
