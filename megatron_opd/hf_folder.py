@@ -19,6 +19,7 @@ from megatron_opd.types import NamedTensors, OpdError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's customary shard size
 
 
@@ -34,7 +35,7 @@ def resolve_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except Exception as error:  # the hub client raises a family of its own, requests' and OS errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OpdError(
@@ -195,7 +196,7 @@ def write_hf_folder(weights: NamedTensors, source: Path, target: Path, dtype: to
         if (
             file.is_file()
             and file.name != "config.json"
-            and file.suffix in {".json", ".model", ".txt", ".jinja"}
+            and file.suffix in {".json", ".model", ".tiktoken", ".txt", ".jinja"}
             and file.name != INDEX
         ):
             shutil.copyfile(file, partial / file.name)

@@ -1,5 +1,7 @@
 """``python tools/convert.py to-megatron|to-hf|verify SRC DST``: Hugging Face folders to Megatron-LM checkpoints and back.
 
+``compare-tokenizers STUDENT TEACHER``: whether a run accepts the two.
+
 Bit for bit; memory holds one parameter and one file's tensors, whatever the model's size.
 """
 
@@ -20,7 +22,7 @@ _SHOWN = 20  # differences
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: done, or equal; 1: ``verify`` found differences; 2: bad input, one line on stderr."""
+    """Exit code 0: done, equal or compatible; 1: it is not; 2: bad input, one line on stderr."""
     options = _parser().parse_args(arguments)
     # Megatron's modules are built without memory, on CPU, with patches that must not meet a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -42,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", "whether SRC and DST, in either form, are the same model bit for bit"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("source", metavar="SRC", type=Path)
-        command.add_argument("target", metavar="DST", type=Path)
+        _add_folders(command, "SRC", "DST")
         if name != "to-megatron":
             command.add_argument("--hf", type=Path, metavar="DIR", help="config.json and tokenizer, where SRC brings none")
         if name != "verify":
@@ -51,10 +52,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--shard-gb", type=float, default=5.0, metavar="5", help="largest file, in GB")
     for axis in ("tp", "pp", "ep"):
         commands.choices["to-megatron"].add_argument(f"--{axis}", type=int, default=1, help="layout to prepare for")
+    compare = commands.add_parser("compare-tokenizers", help="ids, special and end tokens of two models; 1: a run refuses them")
+    _add_folders(compare, "STUDENT", "TEACHER")
     return parser
 
 
+def _add_folders(command: argparse.ArgumentParser, source: str, target: str) -> None:
+    command.add_argument("source", metavar=source, type=Path)
+    command.add_argument("target", metavar=target, type=Path)
+
+
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "compare-tokenizers":
+        return _compare_tokenizers(options.source, options.target)
     # Imported late: torch must not see a GPU.
     import torch
 
@@ -83,6 +93,14 @@ def _run(options: argparse.Namespace) -> int:
     else:
         to_megatron(options.source, options.target, _layout(options), dtype, shard_bytes, start)
     return 0
+
+
+def _compare_tokenizers(student: Path, teacher: Path) -> int:
+    from megatron_opd.data.compare_tokenizers import compare_tokenizers
+
+    comparison = compare_tokenizers(student, teacher)
+    print("\n".join(comparison.lines))
+    return 0 if comparison.compatible else 1
 
 
 def _layout(options: argparse.Namespace) -> ParallelConfig:

@@ -8,17 +8,26 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer
 
+from megatron_opd.data.raw_tokenizers import load_raw, raw_file
 from megatron_opd.types import OpdError, Tokenizer
 
 _DIFFERENCES_SHOWN = 3
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a local Hugging Face folder. Raises OpdError where there is none that can be read."""
+    """The tokenizer of a local Hugging Face folder: its tokenizer.json, or what it was made of (see raw_tokenizers.py).
+
+    Raises OpdError where there is none that can be read.
+    """
     if not Path(folder).is_dir():
         raise OpdError(f"tokenizer {folder}: no such folder; give a Hugging Face folder with tokenizer.json")
     try:
+        raw = raw_file(Path(folder))
+        if raw is not None:
+            return cast(Tokenizer, load_raw(raw))
         return cast(Tokenizer, AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    except OpdError:
+        raise
     except Exception as error:  # transformers lets through whatever the tokenizer's own format raises
         reason = " ".join(str(error).split())[:200]
         raise OpdError(
@@ -50,15 +59,20 @@ def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, student_name: s
     Padded embedding rows are no tokens, so models of different padded sizes pass. Which ids end a response is not compared:
     that is the stop class.
     """
-    ours = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
-    differing = sorted(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    differing = differing_ids(student, teacher)
     if differing:
-        shown = ", ".join(f"{index} ({ours.get(index)!r} / {theirs.get(index)!r})" for index in differing[:_DIFFERENCES_SHOWN])
+        shown = ", ".join(f"{index} ({one!r} / {other!r})" for index, one, other in differing[:_DIFFERENCES_SHOWN])
         raise OpdError(
             f"teacher.model {teacher_name}: its tokenizer differs from that of student.model {student_name} at"
             f" {len(differing)} ids (id (student / teacher)): {shown}; use a teacher with the student's tokenizer"
         )
+
+
+def differing_ids(one: Tokenizer, other: Tokenizer) -> list[tuple[int, str | None, str | None]]:
+    """Each id that is another token in ``other``, or none, with both tokens."""
+    ours, theirs = ({index: token for token, index in each.get_vocab().items()} for each in (one, other))
+    both = ((index, ours.get(index), theirs.get(index)) for index in sorted(ours.keys() | theirs.keys()))
+    return [each for each in both if each[1] != each[2]]
 
 
 def _declared_ids(file: Path) -> list[int]:

@@ -1,0 +1,70 @@
+"""What two tokenizers have in common, for who chooses a teacher: ids, special and end tokens, chat template, sample texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_opd.data.raw_tokenizers import SAMPLES
+from megatron_opd.data.tokenizers import differing_ids, load_tokenizer, stop_ids
+from megatron_opd.types import OpdError, Tokenizer
+
+_SHOWN = 10
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``compatible``: a run accepts them as student and teacher. ``lines`` are for a reader."""
+
+    compatible: bool
+    lines: tuple[str, ...]
+
+
+def compare_tokenizers(student: Path, teacher: Path) -> Comparison:
+    """Raises OpdError where a folder has no tokenizer that can be read."""
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    differing = differing_ids(ours, theirs)
+    lines = [f"{student}: {len(ours)} tokens; {teacher}: {len(theirs)} tokens"]
+    lines += [f"  id {index}: {one!r} / {other!r}" for index, one, other in differing[:_SHOWN]]
+    if len(differing) > _SHOWN:
+        lines.append(f"  and {len(differing) - _SHOWN} more ids")
+    lines += _roles(ours, theirs)
+    lines += _ends((student, ours), (teacher, theirs))
+    if cast(Any, ours).chat_template != cast(Any, theirs).chat_template:
+        lines.append("chat template: differs; prompts take the student's, so both models see the same ids")
+    lines += [f"text {text[:30]!r}: other ids" for text in SAMPLES if _ids(ours, text) != _ids(theirs, text)]
+    verdict = f"not compatible: {len(differing)} ids differ" if differing else "compatible: every id is the same token"
+    return Comparison(not differing, (*lines, verdict))
+
+
+def _roles(ours: Tokenizer, theirs: Tokenizer) -> Iterator[str]:
+    for role in _ROLES:
+        one, other = (_token(each, role) for each in (ours, theirs))
+        if one != other:
+            yield f"{role}: {one} / {other}"
+
+
+def _token(tokenizer: Tokenizer, role: str) -> str:
+    """The token of a role and its id, as both are shown."""
+    token = cast(Any, tokenizer).special_tokens_map.get(role)
+    return "none" if token is None else f"{token!r} ({tokenizer.get_vocab().get(str(token))})"
+
+
+def _ends(*models: tuple[Path, Tokenizer]) -> Iterator[str]:
+    """Ids that end a response: they may differ, and count as one class then."""
+    found = []
+    for folder, tokenizer in models:
+        try:
+            found.append(stop_ids(folder, tokenizer))
+        except OpdError:
+            found.append(())
+    if found[0] != found[1]:
+        one, other = (", ".join(map(str, ids)) or "none" for ids in found)
+        yield f"end tokens: {one} / {other}; a run takes all of them as one stop class"
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
