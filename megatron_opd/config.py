@@ -105,7 +105,8 @@ class RolloutConfig(_Section):
     weight_sync: Literal["auto", "collective", "ipc", "native", "disk"] = "auto"
     engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts; where the only one is lost in use, the run ends
     urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
-    api_key_file: str | None = None  # of the servers at urls: a text file
+    api_key_file: str | None = None  # of the servers at urls, and of the router: a text file
+    router: str | None = None  # URL of a running sglang-router, which picks the server of each request; null: the run does
     tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each
     python: str | None = None  # the interpreter of SGLang's environment; null: this one
     host: str = "127.0.0.1"  # the interface that trainer and servers use; the cluster's for servers on other machines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from megatron_opd.config import Config, ParallelConfig, RolloutConfig, TeacherConfig, teacher_key
 from megatron_opd.types import SCORED_KINDS, OpdError
@@ -42,6 +43,7 @@ def check_combinations(config: Config) -> None:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
     _check_attached(config)
+    _check_router(config.rollout)
     if config.rollout.sglang and config.rollout.backend != "sglang" and not config.served_teachers:
         raise OpdError("rollout.sglang: set, but rollout.backend is embedded; set rollout.backend=sglang or remove it")
     _check_placement(config.rollout)
@@ -118,7 +120,7 @@ def _check_attached(config: Config) -> None:
     """Servers that somebody else started leave some keys without a meaning."""
     rollout = config.rollout
     if not rollout.urls:
-        if rollout.api_key_file is not None:
+        if rollout.api_key_file is not None and rollout.router is None:
             raise OpdError(
                 f"rollout.api_key_file: {rollout.api_key_file}, but rollout.urls is empty; remove one or add the other"
             )
@@ -144,6 +146,23 @@ def _check_attached(config: Config) -> None:
                     f"rollout.host: {rollout.host}, but the server {url} on another machine receives its weights from there; "
                     "set rollout.host to this machine's address in the cluster"
                 )
+
+
+def _check_router(rollout: RolloutConfig) -> None:
+    if rollout.router is None:
+        return
+    if rollout.backend != "sglang":
+        raise OpdError(
+            f"rollout.router: {rollout.router}, but rollout.backend is embedded; set rollout.backend=sglang or remove it"
+        )
+    _check_urls("rollout.router", [rollout.router])
+    if rollout.router.rstrip("/") in {url.rstrip("/") for url in rollout.urls}:
+        raise OpdError(f"rollout.router: {rollout.router} is one of rollout.urls; give the router's own URL, or remove it")
+    if not rollout.urls and rollout.host in _LOOPBACK and urlsplit(rollout.router).hostname not in _LOOPBACK:
+        raise OpdError(
+            f"rollout.host: {rollout.host}, where the router {rollout.router} on another machine reaches none of the servers; "
+            "set rollout.host to this machine's address in the cluster"
+        )
 
 
 def _check_served_teacher(config: Config, key: str, teacher: TeacherConfig) -> None:

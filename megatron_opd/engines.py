@@ -96,6 +96,7 @@ def _served(
         timeout=rollout.request_timeout,
         frozen=frozen,
         residence=Residence(rollout.request_timeout, roster) if shares else None,
+        router=None if frozen else servers.router,
     )
 
 

@@ -23,6 +23,7 @@ from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, mod
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.sglang.client import read_key
+from megatron_opd.sglang.router import ids_to_exclude
 from megatron_opd.sglang.server import check_arguments
 from megatron_opd.types import OpdError, Prompt, Tokenizer
 
@@ -112,6 +113,8 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     for name in models.served:
         _check_served(config.all_teachers[name], teachers[name], teacher_key(name))
 
+    if config.rollout.router is not None and (excluded := student.config.vocab_size - vocab_size) > 0:
+        raise OpdError(ids_to_exclude(config.rollout.router, excluded))
     if config.rollout.api_key_file is not None:
         read_key("rollout.api_key_file", config.rollout.api_key_file)
     if config.starts_servers:

@@ -15,6 +15,7 @@ from megatron_opd.config import Config, teacher_key
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import Inputs
+from megatron_opd.sglang import router
 from megatron_opd.sglang.attached import Attached, Expected
 from megatron_opd.sglang.client import Endpoint, read_key
 from megatron_opd.sglang.fleet import Fleet, Place
@@ -43,7 +44,11 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
     specs = [student_server(config, inputs.student, platform)] * rollout.engines if of_student and not rollout.urls else []
     specs += [_teacher_server(config, inputs, platform, name) for name, teacher in teachers.items() if not teacher.urls]
 
+    in_front = _router(config) if of_student else None
+
     def open_places() -> list[Place]:
+        if in_front is not None:
+            in_front.check()
         attached = _attach(config, inputs)
         launched = launch(
             specs,
@@ -55,7 +60,7 @@ def start_servers(config: Config, inputs: Inputs, platform: Platform) -> Fleet |
 
     frozen = [teacher_servers(name) for name in teachers]
     models = [*([STUDENT] if of_student else []), *frozen]
-    fleet = Fleet(open_places, models, frozen=frozen, patience=rollout.startup_timeout + _NOTICE_SECONDS)
+    fleet = Fleet(open_places, models, frozen=frozen, patience=rollout.startup_timeout + _NOTICE_SECONDS, router=in_front)
     if rollout.urls or any(teacher.urls for teacher in teachers.values()):
         fleet.wait_until_ready()  # a server that does not fit is refused before any model is built
     return fleet
@@ -69,7 +74,7 @@ def student_server(config: Config, folder: HFFolder, platform: Platform) -> Serv
 
 
 def how_to_start(config: Config, folder: HFFolder, platform: Platform) -> str:
-    """For each of ``rollout.urls`` a line: the command that starts such a server."""
+    """For each of ``rollout.urls`` and for ``rollout.router`` a line: the command that starts such a server."""
     rollout = config.rollout
     lines = []
     for number, url in enumerate(rollout.urls):
@@ -81,6 +86,8 @@ def how_to_start(config: Config, folder: HFFolder, platform: Platform) -> str:
             seed=config.run.seed + number,
         )
         lines.append(f"to start {url}:  {start_by_hand(spec, address.port or _HTTP_PORT, rollout.api_key_file)}")
+    if rollout.router is not None:
+        lines.append(f"to start {rollout.router}:  {router.start_by_hand(rollout.router, rollout.api_key_file)}")
     return "\n".join(lines)
 
 
@@ -140,6 +147,14 @@ def _attach(config: Config, inputs: Inputs) -> list[Attached]:
         expected = Expected(teacher_key(name), teacher_servers(name), inputs.teachers[name], longest)
         places += [_attached(config, url, teacher.api_key_file, expected) for url in teacher.urls]
     return places
+
+
+def _router(config: Config) -> router.Router | None:
+    rollout = config.rollout
+    if rollout.router is None:
+        return None
+    key = None if rollout.api_key_file is None else read_key("rollout.api_key_file", rollout.api_key_file)
+    return router.Router(Endpoint(rollout.router.rstrip("/"), key), rollout.urls)
 
 
 def _attached(config: Config, url: str, key_file: str | None, expected: Expected) -> Attached:

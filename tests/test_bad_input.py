@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_opd import cli, preflight
 from megatron_opd.types import OpdError
 from tests import runs
-from tests.tiny_models import make_tokenizer
+from tests.tiny_models import make_model, make_tokenizer
 
 Change = Callable[[Path, dict[str, Any]], None]
 
@@ -135,6 +135,12 @@ def attached(*urls: str) -> Change:
     """To servers for the student alone."""
     teacher = both(put("mixture.teacher", 0), put("eval.teacher", False))
     return both(teacher, put("rollout.backend", "sglang"), put("rollout.urls", list(urls)))
+
+
+def smaller_teacher(folder: Path, config: dict[str, Any]) -> None:
+    words = [str(number) for number in range(40)] + ["+", "=", "."]
+    make_model(folder / "smaller", "llama", vocab_size=50, vocab_words=words, seed=2)
+    config["teacher"]["model"] = str(folder / "smaller")
 
 
 CASES: dict[str, tuple[Change, list[str]]] = {
@@ -335,6 +341,20 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "key file is missing": (
         both(attached("http://127.0.0.1:1"), put("rollout.api_key_file", "/nowhere/key")),
         ["rollout.api_key_file", "/nowhere/key", "text file"],
+    ),
+    "router to no SGLang": (put("rollout.router", "http://127.0.0.1:1"), ["rollout.router", "rollout.backend=sglang"]),
+    "router at no URL": (both(attached(), put("rollout.router", "h:1")), ["rollout.router", "'h:1'", "http://10.0.0.7:30000"]),
+    "router that is an engine": (
+        both(attached("http://127.0.0.1:1"), put("rollout.router", "http://127.0.0.1:1/")),
+        ["rollout.router", "http://127.0.0.1:1/", "rollout.urls", "own URL"],
+    ),
+    "router that reaches no server": (
+        both(attached(), put("rollout.router", "http://10.0.0.7:3000")),
+        ["rollout.host", "127.0.0.1", "http://10.0.0.7:3000", "address"],
+    ),
+    "router for a student with ids of its own": (
+        both(attached("http://127.0.0.1:1"), put("rollout.router", "http://127.0.0.1:2"), smaller_teacher),
+        ["rollout.router", "http://127.0.0.1:2", "vocabulary rows more", "logit_bias", "remove rollout.router"],
     ),
     "rollouts ahead of training by the embedded engine": (put("rollout.lag", 1), ["rollout.lag", "embedded", "rollout.lag=0"]),
     "rollouts ahead on the training's devices": (

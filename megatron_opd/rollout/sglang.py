@@ -12,6 +12,7 @@ from megatron_opd.sglang.dispatch import Ask, dispatch
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.residence import Residence
 from megatron_opd.sglang.roster import Roster
+from megatron_opd.sglang.router import Router, ids_to_exclude
 from megatron_opd.types import OpdError, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Tokenizer, VersionSpan
 
 _LONGEST_LOGIT_BIAS = 4096  # ids; sent with every request
@@ -29,6 +30,7 @@ class SGLangEngine:
         timeout: seconds for one response.
         frozen: the weights never change; the rollouts carry version 0.
         residence: of the servers' memory, where they share devices with the training.
+        router: in front of the servers of the roster; it knows no ``logit_bias``, so all ids that they have may be written.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class SGLangEngine:
         timeout: float,
         frozen: bool = False,
         residence: Residence | None = None,
+        router: Router | None = None,
     ) -> None:
         self.roster, self._first_rank, self.residence = roster, first_rank, residence
+        self._router = router
         self._tokenizer, self._context, self._vocab_size = tokenizer, context, vocab_size
         self._in_flight, self._timeout, self._frozen = in_flight, timeout, frozen
         self._lengths: dict[str, float] = {}  # of the last response to each prompt, tokens
@@ -90,6 +94,7 @@ class SGLangEngine:
             timeout=self._timeout,
             progress=progress,
             roster=self.roster,
+            router=self._router,
         )
         self._figures = {**progress.figures(), "rollout/engines": len(self.roster.serving())}
         for response in responses:
@@ -112,6 +117,8 @@ class SGLangEngine:
                 f"student.model: {self._vocab_size} vocabulary rows, but another model has {sampling.vocab_size}: too many "
                 "ids to exclude in SGLang; set rollout.backend=embedded"
             )
+        if excluded and self._router is not None:
+            raise OpdError(ids_to_exclude(self._router.endpoint.url, len(excluded)))
         if excluded:
             body["sampling_params"]["logit_bias"] = {str(index): _NEVER for index in excluded}
         return whole_response(body, self._lengths.get(prompt.uid, new_tokens))

@@ -150,6 +150,9 @@ class Client:
         """
         return self._call("POST", path, body, timeout)
 
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._call("DELETE", path, None)
+
     def supports(self, path: str) -> bool:
         """Whether the server has an endpoint: another method than its own is an answer too."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import httpx
 
-from megatron_opd.sglang.client import Endpoint, EngineError
+from megatron_opd.sglang.client import Endpoint, EngineError, is_healthy
 from megatron_opd.sglang.roster import Roster
+from megatron_opd.sglang.router import Router
 from megatron_opd.types import RunStopped
 
 _ATTEMPTS = 3  # failures of one request, whatever the engines; of several requests one after the other, at one engine
@@ -51,6 +53,7 @@ def dispatch(
     timeout: float,
     progress: Callable[[int, int], None] = lambda place, tokens: None,
     roster: Roster | None = None,
+    router: Router | None = None,
 ) -> tuple[list[AnswerT], dict[str, str]]:
     """The answers in the order of the requests, and why each lost engine was lost, by its URL.
 
@@ -63,8 +66,10 @@ def dispatch(
         timeout: seconds for one answer.
         progress: called with the place and the tokens of each answer that is whole.
         roster: learns of a lost engine at once; the engines that it takes back meanwhile get requests too.
+        router: picks the engine of each request, out of those that serve in the ``roster``, which it needs. Once it is lost,
+            by the same rules as an engine, what is left goes straight to them.
     """
-    return asyncio.run(_Dispatch(asks, in_flight, timeout, progress, roster).run(endpoints))
+    return asyncio.run(_Dispatch(asks, in_flight, timeout, progress, roster, router).run(endpoints))
 
 
 _Verdict = Literal["lost", "refused", "failed"]  # the engine is; the request is, by any engine; one of the two did
@@ -82,6 +87,7 @@ class _Failure:
 class _Engine(Generic[AnswerT]):
     endpoint: Endpoint
     http: httpx.AsyncClient
+    places: int  # for requests at once
     running: dict[asyncio.Task[AnswerT | _Failure], int] = field(default_factory=dict)  # → place of the request
     failed: set[int] = field(default_factory=set)  # requests, since its last success
     strikes: int = 0  # likewise; requests that were in flight together and failed count once: a broken connection is no more
@@ -105,8 +111,12 @@ class _Dispatch(Generic[AnswerT]):
         timeout: float,
         progress: Callable[[int, int], None],
         roster: Roster | None,
+        router: Router | None,
     ) -> None:
         self.asks, self.in_flight, self.timeout, self.progress, self.roster = list(asks), in_flight, timeout, progress, roster
+        self.router = router  # None: requests go straight to the engines
+        self.behind: list[Endpoint] | None = None  # the router's engines
+        self.looking, self.looked = asyncio.Lock(), 0.0  # at them
         self.waiting = deque(sorted(range(len(asks)), key=lambda place: -asks[place].expected))
         self.begun = [0] * len(asks)  # tokens of answers that a server broke off
         self.failures: list[list[str]] = [[] for _ in asks]  # URLs of the engines where it failed
@@ -117,11 +127,12 @@ class _Dispatch(Generic[AnswerT]):
         self.clients: list[httpx.AsyncClient] = []
 
     async def run(self, endpoints: Sequence[Endpoint]) -> tuple[list[AnswerT], dict[str, str]]:
-        for endpoint in endpoints:
+        for endpoint in endpoints if self.router is None else [self.router.endpoint]:
             self._open(endpoint)
         looked = time.monotonic()
         try:
             while len(self.results) < len(self.asks):
+                await self._route()
                 if not self.engines or time.monotonic() > looked + _POLL_SECONDS:
                     self._take_back()
                     looked = time.monotonic()
@@ -150,9 +161,25 @@ class _Dispatch(Generic[AnswerT]):
             base_url=endpoint.url, headers=endpoint.headers, timeout=patience, limits=limits, trust_env=False
         )
         self.clients.append(http)
-        self.engines[endpoint.url] = _Engine(endpoint, http)
+        self.engines[endpoint.url] = _Engine(endpoint, http, self.in_flight)
+
+    async def _route(self) -> None:
+        """The router has the engines that serve, with all of their places."""
+        if self.router is None or self.roster is None or self.behind == (serving := self.roster.serving()):
+            return
+        engine = self.engines[self.router.endpoint.url]
+        try:
+            await asyncio.to_thread(self.router.keep, serving)
+        except EngineError as error:
+            self._lose(engine, str(error))
+            return
+        self.behind, engine.places = serving, self.in_flight * len(serving)
+        if not serving:
+            self._lose(engine, "no engine is left behind it")
 
     def _take_back(self) -> None:
+        if self.router is not None:
+            return
         for endpoint in self.roster.serving() if self.roster else ():
             if endpoint.url not in self.engines:
                 self._open(endpoint)
@@ -160,11 +187,11 @@ class _Dispatch(Generic[AnswerT]):
     def _assign(self) -> None:
         """Fill the engines, least loaded first; a request that failed goes to an engine that it has not seen, if any."""
         held = []
-        while self.waiting and any(len(engine.running) < self.in_flight for engine in self.engines.values()):
+        while self.waiting and any(len(engine.running) < engine.places for engine in self.engines.values()):
             place = self.waiting.popleft()
             unseen = [engine for url, engine in self.engines.items() if url not in self.failures[place]]
             engine = min(unseen or self.engines.values(), key=lambda each: len(each.running))
-            if len(engine.running) >= self.in_flight:
+            if len(engine.running) >= engine.places:
                 held.append(place)
                 continue
             task = asyncio.create_task(self._ask(place, engine))
@@ -178,8 +205,8 @@ class _Dispatch(Generic[AnswerT]):
             return
         match task.result():
             case _Failure(reason, "lost", reached):
-                self._again(place, engine, reason, counts=reached)
                 self._lose(engine, reason)
+                self._again(place, engine, reason, counts=reached)
             case _Failure(reason, "refused"):
                 raise EngineError(reason)
             case _Failure(reason, sent_in=sent_in):
@@ -219,7 +246,16 @@ class _Dispatch(Generic[AnswerT]):
         if self.engines.pop(engine.endpoint.url, None) is None:
             return
         self.lost[engine.endpoint.url] = reason
-        if self.roster is not None:
+        if self.router is not None:
+            self.router = None
+            self.failures = [[] for _ in self.asks]  # on a way that they take no more
+            print(
+                f"megatron-opd: until the next rollouts requests go straight to the engines, not to the router "
+                f"{engine.endpoint.url}: {reason}",
+                file=sys.stderr,
+            )
+            self._take_back()
+        elif self.roster is not None:
             self.roster.lose(engine.endpoint, reason)
         running, engine.running = engine.running, {}
         for task in running:
@@ -233,6 +269,7 @@ class _Dispatch(Generic[AnswerT]):
             async with asyncio.timeout(self.timeout):
                 answer = await engine.http.post("/generate", json=ask.body)
         except TimeoutError:
+            await self._look_behind()
             return _Failure(f"{name}: no answer in {self.timeout:.0f} s", "lost")
         except httpx.HTTPError as error:
             reason = f"{name}: {type(error).__name__}: {error}".rstrip(": ")
@@ -255,9 +292,26 @@ class _Dispatch(Generic[AnswerT]):
             async with asyncio.timeout(min(_HEALTH_SECONDS, self.timeout)):
                 answer = await engine.http.get("/health")
             if answer.status_code == httpx.codes.OK:
+                await self._look_behind()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 return "failed"
         return "lost"
+
+    async def _look_behind(self) -> None:
+        """After a failure at the router: the engines there that are not well are lost. It does not say which one failed."""
+        router, roster, failed = self.router, self.roster, time.monotonic()
+        if router is None or roster is None:
+            return
+        async with self.looking:
+            if self.looked > failed:  # meanwhile, for another request
+                return
+            self.looked, serving = time.monotonic(), roster.serving()
+            seconds = min(_HEALTH_SECONDS, self.timeout)
+            well = await asyncio.gather(*(asyncio.to_thread(is_healthy, endpoint, seconds) for endpoint in serving))
+        for endpoint, is_well in zip(serving, well, strict=True):
+            if not is_well:
+                self.lost[endpoint.url] = f"it was not well after a failure at the router {router.endpoint.url}"
+                roster.lose(endpoint, self.lost[endpoint.url])
 
     async def _close(self) -> None:
         tasks = [task for engine in self.engines.values() for task in engine.running]

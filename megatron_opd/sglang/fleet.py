@@ -10,6 +10,7 @@ from typing import Protocol
 from megatron_opd.sglang.client import Endpoint, EngineError
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
+from megatron_opd.sglang.router import Router
 from megatron_opd.types import OpdError
 
 _POLL_SECONDS = 0.5
@@ -43,6 +44,7 @@ class Fleet:
         *,
         frozen: Collection[str],
         patience: float,
+        router: Router | None = None,
     ) -> None:
         """Raises OpdError.
 
@@ -51,9 +53,10 @@ class Fleet:
             models: whose weights the servers have.
             frozen: those of the models whose weights never change.
             patience: seconds that a lost server may take to come back where something waits for it.
+            router: in front of the servers whose weights change; left at the end.
         """
         self.first_rank = FirstRank()
-        self.models = tuple(models)
+        self.models, self.router = tuple(models), router
         self._frozen, self._patience = frozen, patience
         self._places: list[Place] = []
         self._rosters: dict[str, Roster] = {}
@@ -109,4 +112,6 @@ class Fleet:
             self._watch.join()
         for place in self._places:
             place.stop()
+        if self._places and self.router is not None:
+            self.router.close()
         self._places.clear()

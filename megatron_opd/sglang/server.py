@@ -21,7 +21,7 @@ from megatron_opd.processes import end_with_parent
 from megatron_opd.sglang.client import Endpoint, is_healthy
 from megatron_opd.types import OpdError
 
-_CPU_STAND_INS = Path(__file__).with_name("cpu")
+CPU_STAND_INS = Path(__file__).with_name("cpu")
 _ENGINE_SIDE = Path(__file__).with_name("engine_side")  # the loader of weights
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
 LOADER = "opd_weights.receive"
@@ -187,7 +187,7 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
     paths = [_ENGINE_SIDE]
     if spec.device == "cpu":
         cores = os.cpu_count() or 1
-        paths.append(_CPU_STAND_INS)
+        paths.append(CPU_STAND_INS)
         environment |= {
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": "1",
