@@ -250,8 +250,16 @@ def metrics_of(folder: Path, name: str, tree: dict[str, Any], **sections: dict[s
         ("sampled", {}, {"tp": 2}),
         ("topk_forward_kl", {"opd": "topk_forward_kl", "k": 7, "stop_class": "none"}, {"pp": 2}),
         ("local_support", {"opd": "local_support", "k": 7}, {"cp": 2}),
+        ("topk_reverse_kl", {"opd": "topk_reverse_kl", "k": 7, "stop_class": "none"}, {"tp": 2}),
+        ("topk_reverse_kl-divergence", {"opd": "topk_reverse_kl", "k": 7, "off_policy": "divergence"}, {"cp": 2}),
     ],
-    ids=["sampled, tp2", "topk_forward_kl, pp2", "local_support, cp2"],
+    ids=[
+        "sampled, tp2",
+        "topk_forward_kl, pp2",
+        "local_support, cp2",
+        "topk_reverse_kl, tp2",
+        "topk_reverse_kl on all responses, cp2",
+    ],
 )
 def test_run_is_that_of_a_megatron_teacher(
     inputs: tuple[Path, dict[str, Any]],
