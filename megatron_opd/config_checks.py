@@ -183,11 +183,6 @@ def _check_served_teacher(config: Config, key: str, teacher: TeacherConfig) -> N
         raise OpdError(f"{key}.parallel: only tp says something about a server of {key}.backend=sglang; remove the rest")
     if not config.objective.needs_teacher:
         return
-    if loss.opd == "topk_reverse_kl":
-        raise OpdError(
-            "loss.opd: topk_reverse_kl takes the student's likeliest tokens, other ones at each position, but "
-            f"{key}.backend=sglang scores one list of ids for a whole response; {remedy} or loss.opd=topk_forward_kl"
-        )
     if loss.opd not in SCORED_KINDS:
         raise OpdError(
             f"loss.opd: {loss.opd} needs the teacher's full vocabulary, but {key}.backend=sglang gives scores only; "

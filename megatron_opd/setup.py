@@ -21,6 +21,7 @@ from megatron_opd.rollout.steps import StepRollouts, Writers
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.scoring.sglang import SGLangScorer
+from megatron_opd.scoring.student import StudentSupport
 from megatron_opd.servers import start_servers, teacher_servers
 from megatron_opd.sglang.fleet import Fleet
 from megatron_opd.types import RolloutEngine, Scorer, WeightSync
@@ -82,7 +83,7 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
         ),
         engine=engines.student,
         teacher_engine=engines.teacher,
-        teacher=_build_teacher(config, inputs, platform, layout, servers) if config.objective.needs_teacher else None,
+        teacher=_build_teacher(config, inputs, platform, trainer, servers) if config.objective.needs_teacher else None,
         reference=_build_reference(config, inputs, platform, layout),
         trainer=trainer,
         weight_sync=engines.weight_sync,
@@ -114,32 +115,32 @@ def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: P
     )
 
 
-def _build_teacher(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, servers: Fleet | None) -> Scorer:
+def _build_teacher(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Scorer:
+    layout = trainer.layout
     scorers: dict[str, Scorer] = {}
     for name, folder in inputs.teachers.items():
         teacher = config.all_teachers[name]
         if teacher.backend == "sglang":
             assert servers is not None
-            scorers[name] = _reach_scorer(config, inputs, layout, folder, servers, name)
+            scorers[name] = _reach_scorer(config, inputs, trainer, folder, servers, name)
         else:
             scorers[name] = _build_scorer(config, inputs, platform, layout, folder, teacher_key(name), teacher.offload)
     return scorers[""] if "" in scorers else RoutedScorer(scorers)
 
 
-def _reach_scorer(
-    config: Config, inputs: Inputs, layout: ParallelLayout, folder: HFFolder, servers: Fleet, name: str
-) -> Scorer:
+def _reach_scorer(config: Config, inputs: Inputs, trainer: Trainer, folder: HFFolder, servers: Fleet, name: str) -> Scorer:
     """Raises OpdError where a server does not answer, or answers as without weights."""
     scorer = SGLangScorer(
         servers.first_rank,
         servers.roster(teacher_servers(name)),
-        layout,
+        trainer.layout,
         config.objective,
         stop_ids=inputs.stop_class,
         vocab_size=inputs.loss_vocab_size,
         teacher_vocab_size=folder.config.vocab_size,
         in_flight=config.rollout.max_batch_size,
         timeout=config.rollout.request_timeout,
+        student=StudentSupport(trainer, servers.first_rank) if config.objective.opd == "topk_reverse_kl" else None,
     )
     scorer.verify([prompt.token_ids for prompt in inputs.prompts if len(prompt.token_ids) > 1][:_PROBES])
     return scorer

@@ -109,6 +109,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
         record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens)}
         record |= system.engine.figures() if system.engine else {}
+        record |= system.teacher.figures() if system.teacher else {}
         record |= sync.figures() if sync else {}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
             with trainer.off_device():

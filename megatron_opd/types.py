@@ -127,14 +127,16 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Log-probabilities, in nats, of a teacher whose logits are elsewhere: of the labels, the end tokens and its likeliest ids.
+    """Log-probabilities, in nats, of a teacher whose logits are elsewhere: of the labels, the end tokens and the likeliest ids.
 
     Of softmax(logits / temperature) over the ids that all models have. 0, and no ids, where the loss has no use for them.
     """
 
     log_probs: Tensor  # [T] fp32, log pi_T(label)
     stop_log_probs: Tensor  # [T] fp32, log pi_T(any end token of the run)
-    top_ids: Tensor | None = None  # [T, K] int64, the likeliest first; K = k, and the number of end tokens more
+    # [T, K] int64, the likeliest first. "topk_reverse_kl": the student's, K = k; where a merged stop class is one of the k, the
+    # last is missing. Else the teacher's, K = k and the number of end tokens more.
+    top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None  # [T, K] fp32; -inf where there is no such id
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TokenScores:
@@ -173,7 +175,8 @@ OpdKind = Literal[
     "topk_forward_kl",
     "local_support",
 ]
-SCORED_KINDS: tuple[OpdKind, ...] = ("sampled", "topk_forward_kl", "local_support")  # for which TokenScores are enough
+# For which TokenScores are enough.
+SCORED_KINDS: tuple[OpdKind, ...] = ("sampled", "topk_reverse_kl", "topk_forward_kl", "local_support")
 Aggregation = Literal["token", "response"]
 OffPolicyTerm = Literal["cross_entropy", "divergence"]
 
@@ -358,17 +361,21 @@ class WeightSync(Protocol):
 
 
 class Scorer(Protocol):
-    """A frozen model's opinion of the micro-batches. Both methods are collective over the world."""
+    """A frozen model's opinion of the micro-batches."""
 
     def on_device(self) -> AbstractContextManager[None]:
-        """Owns the phase in which the weights must be in device memory."""
+        """Owns the phase in which the weights must be in device memory. Collective over the world."""
         ...
 
     def score(self, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
-        """One for each of this rank's micro-batches.
+        """One for each of this rank's micro-batches. Collective over the world.
 
         ``shares``: every data-parallel rank's micro-batches, not yet sliced for context parallelism; equal on all ranks.
         """
+        ...
+
+    def figures(self) -> dict[str, float | None]:
+        """Metrics of the last :meth:`score`, on the first rank; not collective."""
         ...
 
 

@@ -202,10 +202,6 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         lambda _, config: config.update(teacher={**config["teacher"], "backend": "sglang"}, loss={"opd": "reverse_kl"}),
         ["loss.opd", "reverse_kl", "full vocabulary", "teacher.backend"],
     ),
-    "student support of a served teacher": (
-        both(put("teacher.backend", "sglang"), put("loss.opd", "topk_reverse_kl")),
-        ["loss.opd", "topk_reverse_kl", "one list of ids", "teacher.backend=megatron", "topk_forward_kl"],
-    ),
     "temperature of a served teacher": (
         both(put("teacher.backend", "sglang"), put("rollout.sampling.temperature", 0.7)),
         ["rollout.sampling.temperature", "0.7", "teacher.backend=megatron", "temperature=1"],

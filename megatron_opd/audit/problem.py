@@ -108,8 +108,23 @@ def token_scores(problem: Problem, objective: Objective) -> TokenScores:
     log_q = log_probs(problem.teacher, objective, problem.vocab_size)
     ends = list(problem.stop_ids)
     stop = log_q[:, ends].logsumexp(-1) if ends else torch.zeros_like(log_q[:, 0])
+    if objective.opd == "topk_reverse_kl":
+        ids = _student_ids(problem, objective)
+        values = log_q.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+        return TokenScores(oracle.pick(log_q, problem.batch.labels), stop, ids.clamp(min=0), values)
     top = log_q.topk(min(objective.k + len(ends), problem.vocab_size), -1)
     return TokenScores(oracle.pick(log_q, problem.batch.labels), stop, top.indices, top.values)
+
+
+def _student_ids(problem: Problem, objective: Objective) -> Tensor:
+    """[T, k]: the student's likeliest, -1 for the last where a merged stop class is among them."""
+    log_p, ends = log_probs(problem.student, objective, problem.vocab_size), list(problem.stop_ids)
+    if not objective.merge_stop_class or len(ends) < 2:
+        return log_p.topk(objective.k, -1).indices
+    stop = log_p[:, ends].logsumexp(-1, keepdim=True)
+    others, ids = log_p.index_fill(1, torch.tensor(ends), -torch.inf).topk(objective.k, -1)
+    ids[(others > stop).sum(-1) < objective.k, -1] = -1
+    return ids
 
 
 def log_probs(model: oracle.Model, objective: Objective, vocab_size: int) -> Tensor:

@@ -2,7 +2,14 @@
 
 from megatron_opd.losses.fused_linear import fused_linear_divergence
 from megatron_opd.losses.objective import distillation_loss
+from megatron_opd.losses.student_support import student_support
 from megatron_opd.losses.top_k import TOP_K_KINDS
 from megatron_opd.losses.vocab_parallel import vocab_parallel_divergence
 
-__all__ = ["TOP_K_KINDS", "distillation_loss", "fused_linear_divergence", "vocab_parallel_divergence"]
+__all__ = [
+    "TOP_K_KINDS",
+    "distillation_loss",
+    "fused_linear_divergence",
+    "student_support",
+    "vocab_parallel_divergence",
+]

@@ -97,9 +97,10 @@ class ChunkLoss:
         support = values = served = None
         if isinstance(self.opd, TopK) and isinstance(softmax, TorchSoftmax):
             if softmax.teacher is not None:
-                columns, gathering = self.opd.candidates(softmax, self.shard, self.stop)
+                whose = 0 if self.opd.kind == "topk_reverse_kl" else 1
+                columns, gathering = self.opd.candidates(models[whose], self.shard, self.stop)
                 yield
-                support = self.opd.support(columns, gathering.wait(), members, self.shard, self.stop)
+                support = self.opd.support(columns, gathering.wait(), members[whose], self.shard, self.stop)
             elif scores is not None:
                 served = self.opd.given(scores, members[0], self.stop)
                 support = served.support(self.shard)

@@ -15,6 +15,7 @@ from megatron_opd.losses.policy_gradient import PolicyGradient
 from megatron_opd.losses.rows import Tokens, TokenValues
 from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.stop_class import StopClass
+from megatron_opd.losses.top_k import TopK
 from megatron_opd.losses.vocab_parallel import full_vocabulary_term, statistics_dtype
 from megatron_opd.types import SCORED_KINDS, LossOutput, LossTerms, Objective, PackedBatch, TokenScores
 
@@ -50,8 +51,8 @@ def distillation_loss(
             local shard's.
         teacher_hidden: [T, H_t], with teacher_head [V/tp, H_t]; None where the objective needs no teacher.
         teacher_scores: of T tokens, in place of the two, for the OPD terms that need no more: the policy gradient without
-            ``gated_forward_kl``, and with the teacher's likeliest ids "topk_forward_kl" and "local_support". The teacher's
-            entropy and the agreement are then unknown, and 0.
+            ``gated_forward_kl``, with the teacher's likeliest ids "topk_forward_kl" and "local_support", and with those of
+            :func:`student_support` "topk_reverse_kl". The teacher's entropy and the agreement are then unknown, and 0.
         reference_hidden: [T, H_r], with reference_head [V/tp, H_r]; None where the objective needs no reference.
         vocab_size: the true global vocabulary; rows beyond it are padding.
         group: the tensor-parallel group; None: this rank holds the whole vocabulary.
@@ -71,12 +72,14 @@ def distillation_loss(
     elif teacher_scores is None:
         teacher = check_frozen("teacher_hidden", teacher_hidden, "teacher_head", teacher_head, student)
     else:
-        _check_scores(teacher_scores, objective, len(hidden), stop_ids)
+        _check_scores(teacher_scores, objective, len(hidden))
     if objective.needs_reference:
         reference = check_frozen("reference_hidden", reference_hidden, "reference_head", reference_head, student)
     shard = VocabShard.of(lm_head.shape[0], vocab_size, group)
     opd = opd_term(objective, vocab_size)
     stop = StopClass.of(stop_ids, objective.merge_stop_class, vocab_size)
+    if teacher_scores is not None and isinstance(opd, TopK):
+        _check_entries(teacher_scores, opd, stop)
     streams = _Streams.of(batch, hidden.device, statistics_dtype(hidden.dtype))
     _check_labels(streams.labels, vocab_size)
 
@@ -221,7 +224,7 @@ class _Streams:
         return values.new_zeros(len(self.rollout)).index_copy_(0, positions, values)
 
 
-def _check_scores(scores: TokenScores, objective: Objective, tokens: int, stop_ids: tuple[int, ...]) -> None:
+def _check_scores(scores: TokenScores, objective: Objective, tokens: int) -> None:
     if objective.opd not in SCORED_KINDS or objective.gated_forward_kl:
         raise ValueError(
             f"teacher_scores: {objective.opd} needs all of the teacher's logits; give teacher_hidden and teacher_head"
@@ -230,12 +233,12 @@ def _check_scores(scores: TokenScores, objective: Objective, tokens: int, stop_i
         raise ValueError(
             f"teacher_scores: {len(scores.log_probs)} tokens, but hidden has {tokens}; give the same micro-batch's"
         )
-    if objective.opd == "sampled":
-        return
-    known = 0 if scores.top_ids is None else scores.top_ids.shape[1]
-    needed = objective.k + (len(stop_ids) if objective.merge_stop_class and len(stop_ids) > 1 else 0)
+
+
+def _check_entries(scores: TokenScores, top_k: TopK, stop: StopClass) -> None:
+    known, needed = 0 if scores.top_ids is None else scores.top_ids.shape[1], top_k.entries(stop)
     if known < needed:
-        raise ValueError(f"teacher_scores: {known} ids a token, but {objective.opd} needs {needed}; ask for more")
+        raise ValueError(f"teacher_scores: {known} ids a token, but {top_k.kind} needs {needed}; ask for more")
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:

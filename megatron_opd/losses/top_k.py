@@ -36,7 +36,7 @@ class Support(NamedTuple):
 
 
 class GivenSupport(NamedTuple):
-    """The teacher's k likeliest tokens as a server names them, equal on all ranks of the shard's group."""
+    """The teacher's or the student's likeliest tokens with a server's log-probabilities; equal on all ranks of the group."""
 
     ids: Tensor  # [c, K] int64
     log_probs: Tensor  # [c, K] nats, log q; -inf where an entry does not count
@@ -49,8 +49,12 @@ class GivenSupport(NamedTuple):
         return Support(columns, owned & self.log_probs.isfinite())
 
     def tail(self) -> Tensor:
-        """[c]: the mass off the support. All that is known of it is 1 - sum, hence its absolute error of about 1e-7 in fp32."""
-        return (1 - self.log_probs.double().exp().sum(-1)).to(self.log_probs.dtype)
+        """[c]: the mass off the support. All that is known of it is 1 - sum, hence its absolute error of about 1e-7 in fp32.
+
+        Never less than that error: the reverse KL takes its logarithm.
+        """
+        left = (1 - self.log_probs.double().exp().sum(-1)).to(self.log_probs.dtype)
+        return left.clamp(min=torch.finfo(left.dtype).eps)
 
 
 class SupportValues(NamedTuple):
@@ -76,13 +80,15 @@ class TopK:
     kind: OpdKind
     k: int
 
-    def candidates(self, softmax: TorchSoftmax, shard: VocabShard, stop: StopClass) -> tuple[Tensor, Pending]:
-        """This rank's k likeliest columns [c, k], and everybody's logits there [ranks, c, k] under way; before ``sums``.
+    def entries(self, stop: StopClass) -> int:
+        """Ids that a server must give of each token: of the teacher's own, a merged class's members can be among the first."""
+        return self.k + (len(stop.ids) if stop.merged and self.kind != "topk_reverse_kl" else 0)
 
-        A merged stop class stands aside: it is ranked as a whole.
+    def candidates(self, logits: Tensor, shard: VocabShard, stop: StopClass) -> tuple[Tensor, Pending]:
+        """This rank's k likeliest columns [c, k], and everybody's logits there [ranks, c, k] under way.
+
+        A merged stop class stands aside: it is ranked as a whole. ``logits`` [c, size] of the model whose support it is.
         """
-        logits = softmax.student if self.kind == "topk_reverse_kl" else softmax.teacher
-        assert logits is not None
         ends = stop.columns(shard) if stop.merged else []
         kept = logits[:, ends]
         logits[:, ends] = -torch.inf
@@ -94,40 +100,44 @@ class TopK:
     def support(self, columns: Tensor, gathered: Tensor, members: Tensor, shard: VocabShard, stop: StopClass) -> Support:
         """The k likeliest of all ranks' candidates; every rank makes the same choice, ties included.
 
-        ``members`` [models, E, c] are the end tokens' logits: their merged class counts as one of the k, and brings them all.
+        ``members`` [E, c] are the end tokens' logits of the same model: their merged class counts as one of the k, and brings
+        them all.
         """
         everybody = gathered.transpose(0, 1).flatten(1)  # [c, ranks * k]
-        winners = everybody.topk(self.k, -1).indices
-        owned = winners // self.k == shard.rank
+        values, winners = everybody.topk(self.k, -1)
+        owned = (winners // self.k == shard.rank) & (values > -torch.inf)  # a rank of few rows offers nothing in their place
         slots = (winners % self.k).clamp(max=max(columns.shape[1] - 1, 0))
         columns = columns.gather(1, slots) if shard.size else torch.zeros_like(winners)
-        owned &= shard.size > 0
         if not stop.merged:
             return Support(columns, owned)
-        class_logits = members[0 if self.kind == "topk_reverse_kl" else 1].logsumexp(0)
+        class_logits = members.logsumexp(0)
         class_wins = (everybody > class_logits[:, None]).sum(-1) < self.k  # [c]
         owned[:, -1] &= ~class_wins
         ends = columns.new_tensor(stop.columns(shard)).expand(len(columns), -1)
         return Support(torch.cat([columns, ends], 1), torch.cat([owned, class_wins[:, None].expand_as(ends)], 1))
 
     def given(self, scores: TokenScores, student_members: Tensor, stop: StopClass) -> GivenSupport:
-        """The support of a teacher that gives ``scores``, at least k entries and the end tokens' number more.
+        """The support of a teacher that gives ``scores``, of :meth:`entries` ids.
 
         A merged stop class counts as one of the k and brings its members, in the student's proportions; ``student_members``
-        [E, c] are their logits.
+        [E, c] are their logits. Whether it is among the student's k was known when these were chosen: then one is missing.
         """
         assert scores.top_ids is not None and scores.top_log_probs is not None
         ids, log_probs = scores.top_ids, scores.top_log_probs
         if not stop.merged:
             return GivenSupport(ids[:, : self.k], log_probs[:, : self.k])
         ends = ids.new_tensor(stop.ids)
-        log_probs, places = log_probs.masked_fill(torch.isin(ids, ends), -torch.inf).topk(self.k, -1)
         class_log_probs = scores.stop_log_probs[:, None]
-        class_wins = (log_probs > class_log_probs).sum(-1, keepdim=True) < self.k  # [c, 1]
-        log_probs[:, -1:] = log_probs[:, -1:].masked_fill(class_wins, -torch.inf)
+        if self.kind == "topk_reverse_kl":
+            class_wins = log_probs[:, -1:].isneginf()  # [c, 1]
+        else:
+            log_probs, places = log_probs.masked_fill(torch.isin(ids, ends), -torch.inf).topk(self.k, -1)
+            ids = ids.gather(1, places)
+            class_wins = (log_probs > class_log_probs).sum(-1, keepdim=True) < self.k
+            log_probs[:, -1:] = log_probs[:, -1:].masked_fill(class_wins, -torch.inf)
         shared = class_log_probs + student_members.T.log_softmax(-1)  # [c, E]
         return GivenSupport(
-            torch.cat([ids.gather(1, places), ends.expand(len(ids), -1)], 1),
+            torch.cat([ids, ends.expand(len(ids), -1)], 1),
             torch.cat([log_probs, shared.where(class_wins, -torch.inf)], 1),
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -11,27 +12,48 @@ from torch import Tensor, UntypedStorage
 from megatron_opd.mcore.platform import Platform
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Storages without device memory, and their content in (pinned) host memory."""
+
+    copies: Sequence[tuple[UntypedStorage, Tensor]]  # [bytes] uint8 each
+    platform: Platform
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Inside, the tensors can be read; what is written to them is lost."""
+        self.restore()
+        try:
+            yield
+        finally:
+            for storage, _ in self.copies:
+                storage.resize_(0)
+
+    def restore(self) -> None:
+        for storage, copy in self.copies:
+            storage.resize_(copy.numel())
+            _bytes(storage).copy_(copy, non_blocking=True)
+        if self.platform.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the host copies can be freed
+
+
 @contextmanager
-def offloaded(kept: Iterable[Tensor], discarded: Iterable[Tensor], platform: Platform) -> Iterator[None]:
+def offloaded(kept: Iterable[Tensor], discarded: Iterable[Tensor], platform: Platform) -> Iterator[Waiting]:
     """The storages of the tensors take no device memory inside; nothing may read or write the tensors there.
 
     Those of ``kept`` come back as they were, from (pinned) host memory; those of ``discarded`` with undefined content. Tensors
-    may share storages. On CPU host and device memory are the same, and the same copies are made.
+    may share storages. On CPU host and device memory are the same, and the same copies are made. Yields ``kept``.
     """
-    waiting = [(storage, _host_copy(storage, platform)) for storage in _storages(kept)]
+    waiting = Waiting([(storage, _host_copy(storage, platform)) for storage in _storages(kept)], platform)
     empty = [(storage, storage.nbytes()) for storage in _storages(discarded)]
-    for storage, _ in (*waiting, *empty):
+    for storage, _ in (*waiting.copies, *empty):
         storage.resize_(0)
     try:
-        yield
+        yield waiting
     finally:
         for storage, size in empty:
             storage.resize_(size)
-        for storage, copy in waiting:
-            storage.resize_(copy.numel())
-            _bytes(storage).copy_(copy, non_blocking=True)
-        if platform.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the host copies are freed now
+        waiting.restore()
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[UntypedStorage]:

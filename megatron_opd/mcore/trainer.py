@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_opd.config import OptimizerConfig
-from megatron_opd.losses import distillation_loss
+from megatron_opd.losses import distillation_loss, student_support
 from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
-from megatron_opd.mcore.offload import offloaded
+from megatron_opd.mcore.offload import Waiting, offloaded
 from megatron_opd.mcore.parallel import ParallelLayout, has_gloo
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.schedule import forward_backward, forward_only
@@ -54,6 +54,7 @@ class Trainer:
         """
         self.chunks, self.spec, self.layout, self.objective = tuple(chunks), spec, layout, objective
         self.platform, self.offload = platform, offload
+        self._waiting: Waiting | None = None  # the weights, within off_device
         self.loss_vocab_size, self.stop_ids, self.chunk_tokens = loss_vocab_size, stop_ids, chunk_tokens
         self.ddp = [
             DistributedDataParallel(
@@ -173,6 +174,32 @@ class Trainer:
                 for each, batch in zip(hidden, batches, strict=bool(hidden))
             ]
 
+    def student_support(self, batches: Sequence[PackedBatch], positions: Sequence[Tensor]) -> list[Tensor]:
+        """[P, k] int64 in host memory for each micro-batch: the ids of "topk_reverse_kl" at its ``positions`` [P].
+
+        See :func:`~megatron_opd.losses.student_support`. One forward pass; within :meth:`off_device` the weights alone are
+        brought for it. Last stage only, an empty list elsewhere. Collective over the world.
+
+        ``batches``: this data-parallel rank's, sliced for context parallelism.
+        """
+        with nullcontext() if self._waiting is None else self._waiting.on_device():
+            hidden = forward_only(
+                self.chunks, HiddenStateModel.forward_packed, batches, self.layout, keep=self.platform.to_host
+            )
+            return [
+                student_support(
+                    each.to(self.device, non_blocking=True),
+                    self._lm_head(),
+                    wanted.to(self.device),
+                    self.objective,
+                    vocab_size=self.loss_vocab_size,
+                    group=self.layout.tp,
+                    stop_ids=self.stop_ids,
+                    chunk_tokens=self.chunk_tokens,
+                ).cpu()
+                for each, wanted in zip(hidden, positions, strict=bool(hidden))
+            ]
+
     def export(self) -> Export:
         """The current weights as Hugging Face tensors. Collective over the data-parallel group."""
         self.complete_parameters()
@@ -188,8 +215,12 @@ class Trainer:
             yield
             return
         self.complete_parameters()
-        with offloaded([*self.parameters(), *self.optimizer_tensors()], self.gradient_buffers(), self.platform):
-            yield
+        with offloaded(self.parameters(), (), self.platform) as self._waiting:
+            try:
+                with offloaded(self.optimizer_tensors(), self.gradient_buffers(), self.platform):
+                    yield
+            finally:
+                self._waiting = None
 
     def parameter_buffers(self) -> list[Tensor]:
         """[elements, padded] of each of Megatron's buffers that parameters are views of: with the distributed optimizer."""

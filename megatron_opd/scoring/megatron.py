@@ -27,3 +27,6 @@ class MegatronScorer:
         hidden = model.hidden_states(own) if own else []
         received = exchange.run(hidden, model.hidden_size, model.dtype)
         return [FrozenScores(each, model.lm_head) if each is not None else FrozenScores() for each in received]
+
+    def figures(self) -> dict[str, float | None]:
+        return {}

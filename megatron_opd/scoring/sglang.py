@@ -13,10 +13,12 @@ from torch import Tensor
 from megatron_opd.data.packing import context_positions
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.parallel import ParallelLayout
-from megatron_opd.sglang.dispatch import Ask, dispatch
+from megatron_opd.scoring.student import StudentSupport, scored_positions
+from megatron_opd.sglang.dispatch import AnswerT, Ask, dispatch
 from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.roster import Roster
 from megatron_opd.sglang.scores import Scored, check_informed, scoring
+from megatron_opd.sglang.windows import cut, scoring_by_position
 from megatron_opd.types import FrozenScores, Objective, PackedBatch, TokenScores
 
 _NEGLIGIBLE = 1e-6  # mass that changes log-probabilities by less than fp32 shows
@@ -35,6 +37,8 @@ class _Response:
 class SGLangScorer:
     """A :class:`~megatron_opd.types.Scorer` that gives :class:`~megatron_opd.types.TokenScores`.
 
+    For "topk_reverse_kl" they are asked about the student's likeliest tokens, window by window (``sglang/windows.py``).
+
     Over the ids that all models have. The teacher's rows beyond belong to no token, so training leaves them next to no mass:
     only where :meth:`verify` sees some are they asked for with every token, and their mass taken out.
 
@@ -45,7 +49,8 @@ class SGLangScorer:
         vocab_size: ids that student, teacher and reference share.
         teacher_vocab_size: rows of the teacher.
         in_flight: requests at each server at once.
-        timeout: seconds for one sequence.
+        timeout: seconds for one request.
+        student: whose likeliest tokens "topk_reverse_kl" asks about.
     """
 
     def __init__(
@@ -60,14 +65,19 @@ class SGLangScorer:
         teacher_vocab_size: int,
         in_flight: int,
         timeout: float,
+        student: StudentSupport | None = None,
     ) -> None:
         assert objective.temperature == 1.0  # the config refuses others
+        assert (student is not None) == (objective.opd == "topk_reverse_kl")
         self._first_rank, self.roster, self.layout, self.objective = first_rank, roster, layout, objective
         self._stop_ids, self._vocab_size, self._rows = stop_ids, vocab_size, teacher_vocab_size
         self._in_flight, self._timeout = in_flight, timeout
         self._unshared = tuple(range(vocab_size, teacher_vocab_size))
+        self._student = student
         # A merged stop class stands aside from the k, and so do ids that the student lacks: that many more are asked for.
-        self._width = objective.k + len(stop_ids) if objective.opd in TOP_K_KINDS else 0
+        self._top = objective.k + len(stop_ids) if objective.opd in TOP_K_KINDS and student is None else 0
+        self._width = self._top if student is None else objective.k  # of the scores
+        self._figures: dict[str, float | None] = {}
 
     def on_device(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -96,7 +106,8 @@ class SGLangScorer:
         """Raises, on every rank, RunStopped where no server is left, OpdError where one answers as without weights."""
         batches = list(chain.from_iterable(shares))
         responses = [response for number, batch in enumerate(batches) for response in self._responses(number, batch)]
-        scored = self._first_rank.run(lambda: self._request(responses))
+        support = [] if self._student is None else self._student.ids(shares)
+        scored = self._first_rank.run(lambda: self._request(responses, support))
         layout, per_rank = self.layout, len(shares[0])
         if not layout.is_last_stage:
             return [FrozenScores() for _ in range(per_rank)]
@@ -106,32 +117,55 @@ class SGLangScorer:
             for number in range(first, first + per_rank)
         ]
 
+    def figures(self) -> dict[str, float | None]:
+        """Of the last :meth:`score`: requests, and log-probabilities that were asked for over those needed, where there are
+        windows. On the first rank, empty elsewhere."""
+        return dict(self._figures)
+
     def _responses(self, number: int, batch: PackedBatch) -> Iterator[_Response]:
         """Those with an OPD term."""
-        weights = batch.rollout_weights
-        if self.objective.off_policy == "divergence":
-            weights = weights + batch.teacher_weights + batch.gold_weights
+        scored = scored_positions(batch, self.objective)
         for start, end in pairwise(batch.cu_seqlens.tolist()):
-            places = weights[start:end].nonzero().flatten()
+            places = scored[(scored >= start) & (scored < end)]
             if not len(places):
                 continue
-            first, last = start + int(places[0]), start + int(places[-1])
+            first, last = int(places[0]), int(places[-1])
             token_ids = [*batch.tokens[start : last + 1].tolist(), int(batch.labels[last])]
             yield _Response(number, first, token_ids, first + 1 - start)
 
     def _ask(self, token_ids: list[int], first: int) -> Ask[Scored]:
-        top = min(self._width + len(self._unshared), self._rows) if self._width else 0
+        top = min(self._top + len(self._unshared), self._rows) if self._top else 0
         return scoring(token_ids, first, (*self._stop_ids, *self._unshared), top)
 
-    def _request(self, responses: Sequence[_Response]) -> list[TokenScores]:
-        """For each of the responses; on the first rank."""
+    def _request(self, responses: Sequence[_Response], support: Sequence[Tensor]) -> list[TokenScores]:
+        """For each of the responses; on the first rank. ``support``: the student's ids, [T, k] of each micro-batch."""
+        self._figures = {}
         if not responses:
             return []
-        asks = [self._ask(response.token_ids, response.prompt) for response in responses]
-        serving = self.roster.serving()
-        answers, _ = dispatch(asks, serving, in_flight=self._in_flight, timeout=self._timeout, roster=self.roster)
+        if self._student is None:
+            answers = self._dispatch([self._ask(response.token_ids, response.prompt) for response in responses])
+        else:
+            answers = self._dispatch_windows(responses, support)
         check_informed(answers, self._rows)
         return [self._shared(answer) for answer in answers]
+
+    def _dispatch(self, asks: Sequence[Ask[AnswerT]]) -> list[AnswerT]:
+        serving = self.roster.serving()
+        return dispatch(asks, serving, in_flight=self._in_flight, timeout=self._timeout, roster=self.roster)[0]
+
+    def _dispatch_windows(self, responses: Sequence[_Response], support: Sequence[Tensor]) -> list[Scored]:
+        fixed = (*self._stop_ids, *self._unshared)
+        asks, requests, asked, needed = [], 0, 0, 0
+        for response in responses:
+            end = response.first + len(response.token_ids) - response.prompt
+            ids = support[response.batch][response.first : end].long()  # [R, k]
+            windows = cut(ids, len(fixed))
+            asks.append(scoring_by_position(response.token_ids, response.prompt, fixed, ids, windows))
+            requests += len(windows)
+            asked += sum((window.end - window.start) * (len(window.ids) + len(fixed)) for window in windows)
+            needed += int((ids >= 0).sum()) + len(ids) * len(fixed)
+        self._figures = {"score/requests": requests, "score/asked_over_needed": asked / needed}
+        return [answer.whole() for answer in self._dispatch(asks)]
 
     def _shared(self, answer: Scored) -> TokenScores:
         """[R] and [R, width]: over the ids that all models have."""
@@ -141,6 +175,9 @@ class SGLangScorer:
             log_probs=(answer.log_probs - log_mass).float(),
             stop_log_probs=(stop.logsumexp(1) - log_mass if self._stop_ids else torch.zeros_like(log_mass)).float(),
         )
+        if self._student is not None:
+            top_log_probs = (answer.top_log_probs - log_mass[:, None]).float()
+            return TokenScores(scores.log_probs, scores.stop_log_probs, answer.top_ids, top_log_probs)
         if not self._width:
             return scores
         known = (answer.top_log_probs - log_mass[:, None]).masked_fill(answer.top_ids >= self._vocab_size, -torch.inf)

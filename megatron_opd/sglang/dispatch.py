@@ -41,7 +41,8 @@ class Ask(Generic[AnswerT]):
     body: dict[str, Any]  # of /generate
     expected: float  # tokens
     parse: Callable[[dict[str, Any], Endpoint], AnswerT]  # raises EngineError for an answer that is none
-    # For an answer that a server broke off, what to ask next; its answer is the whole one. None: the answer is whole.
+    # For an answer that a server broke off, or the first of several parts, what to ask next; its answer holds this one too.
+    # None: the answer is whole.
     rest: Callable[[AnswerT], Ask[AnswerT] | None] = lambda answer: None
 
 
@@ -227,6 +228,8 @@ class _Dispatch(Generic[AnswerT]):
             self.progress(place, answer.tokens)
             return
         further, self.begun[place] = answer.tokens > self.begun[place], answer.tokens
+        if further:
+            self.failures[place].clear()  # they were of what is answered now
         self.asks[place] = rest
         self._again(place, engine, "the server broke it off", counts=not further)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_opd.types import OpdError, RunStopped
 
@@ -50,6 +52,22 @@ class FirstRank:
         if first is not None:
             raise first.error() from cause
         return result  # type: ignore[return-value]
+
+    def bring(self, tensor: Tensor | None, source: int, like: Tensor) -> Tensor | None:
+        """On the first rank what the global rank ``source`` has, None elsewhere; CPU tensors shaped and typed as ``like``.
+
+        Point to point; ``tensor`` is looked at on ``source`` alone.
+        """
+        if source == dist.get_rank():
+            assert tensor is not None
+            if self.here:
+                return tensor
+            dist.send(tensor, 0, group=self._group)
+        elif self.here:
+            received = torch.empty_like(like)
+            dist.recv(received, source, group=self._group)
+            return received
+        return None
 
     def gather(self, value: Result) -> list[Result]:
         """Every rank's value, in the order of the ranks, on every rank. Collective over the world."""

@@ -34,8 +34,8 @@ class Scored:
     server: str  # its URL
     log_probs: Tensor  # [R]
     given: Tensor  # [R, G] of the ids that were asked for
-    top_ids: Tensor  # [R, K] int64, the likeliest first
-    top_log_probs: Tensor  # [R, K]
+    top_ids: Tensor  # [R, K] int64, the likeliest first, or those that were asked for by position
+    top_log_probs: Tensor  # [R, K]; -inf where none was asked for
 
     @property
     def tokens(self) -> int:

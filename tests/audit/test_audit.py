@@ -84,6 +84,7 @@ def checks_of(config: Config) -> list[Check]:
         ),
         ({"dp": 2}, {"mixture": {"student": 0, "teacher": 0, "gold": 1}, "reference": None}, 9),
         ({"tp": 2}, {"teacher": SERVED, "loss": {"opd": "topk_forward_kl", "k": 7}}, 13),
+        ({"tp": 2}, {"teacher": SERVED, "loss": {"opd": "topk_reverse_kl", "k": 7}}, 13),
     ],
     ids=[
         "one rank, bf16, top-k",
@@ -94,6 +95,7 @@ def checks_of(config: Config) -> list[Check]:
         "ep2, teacher tp2, reference ep2 x cp2",
         "dp2, gold alone",
         "tp2, top-k of a served teacher",
+        "tp2, the student's top-k of a served teacher",
     ],
 )
 def test_audit_passes(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.audit import oracle
-from megatron_opd.losses import distillation_loss, fused_linear_divergence, vocab_parallel_divergence
+from megatron_opd.losses import distillation_loss, fused_linear_divergence, student_support, vocab_parallel_divergence
 from megatron_opd.types import LossOutput, Objective, OpdKind, PackedBatch, TokenScores
 
 PADDED_VOCAB = 24  # rows of every LM head: 12 a rank at TP2, 6 at TP4
@@ -146,12 +146,45 @@ def sharded_objective(
     return Result(_detached(output), hidden.grad, head.grad)
 
 
+def student_ids(problem: Problem, objective: Objective, stop_ids: tuple[int, ...] = ()) -> Tensor:
+    """[T, k]: the student's likeliest, densely; -1 for the last where a merged stop class is among them."""
+    logits = problem.hidden @ problem.head[: problem.vocab_size].T
+    log_p = oracle.log_softmax(logits, objective.temperature)  # [T, V]
+    if not objective.merge_stop_class or len(stop_ids) < 2:
+        return log_p.topk(objective.k, -1).indices
+    ends = list(stop_ids)
+    known, ids = log_p.index_fill(1, torch.tensor(ends), -torch.inf).topk(objective.k, -1)
+    in_front = (known > log_p[:, ends].logsumexp(-1, keepdim=True)).sum(-1)
+    ids[in_front < objective.k, -1] = -1
+    return ids
+
+
+def sharded_student_support(
+    problem: Problem, objective: Objective, positions: Tensor, chunk_tokens: int | None, stop_ids: tuple[int, ...]
+) -> Tensor:
+    """:func:`student_support` on this rank's rows; without a process group on all of them."""
+    return student_support(
+        problem.hidden,
+        _rows(problem.head),
+        positions,
+        objective,
+        vocab_size=problem.vocab_size,
+        group=_group(),
+        stop_ids=stop_ids,
+        chunk_tokens=chunk_tokens,
+    )
+
+
 def token_scores(problem: Problem, objective: Objective, stop_ids: tuple[int, ...], width: int) -> TokenScores:
-    """What a server of the problem's teacher gives, in fp64, with its ``width`` likeliest ids."""
+    """What a server of the problem's teacher gives, in fp64, with its ``width`` likeliest ids, or the student's k."""
     logits = problem.teacher_hidden @ problem.teacher_head[: problem.vocab_size].T
     log_q = oracle.log_softmax(logits, objective.temperature)  # [T, V]
-    top = log_q.topk(width, -1)
     stop = log_q[:, list(stop_ids)].logsumexp(-1) if stop_ids else torch.zeros(len(log_q), dtype=log_q.dtype)
+    if objective.opd == "topk_reverse_kl":
+        ids = student_ids(problem, objective, stop_ids)
+        values = log_q.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+        return TokenScores(oracle.pick(log_q, problem.batch.labels), stop, ids.clamp(min=0), values)
+    top = log_q.topk(width, -1)
     return TokenScores(oracle.pick(log_q, problem.batch.labels), stop, top.indices, top.values)
 
 

@@ -89,8 +89,8 @@ def _objective(**changes: Any) -> None:
             r"batch.labels: 24 is not among the vocabulary's 24 ids",
         ),
         (
-            {"objective": with_objective(opd="topk_reverse_kl"), "teacher_scores": SCORES},
-            r"teacher_scores: topk_reverse_kl needs all of the teacher's logits; give teacher_hidden",
+            {"objective": with_objective(opd="reverse_kl"), "teacher_scores": SCORES},
+            r"teacher_scores: reverse_kl needs all of the teacher's logits; give teacher_hidden",
         ),
         ({"objective": with_objective(gated_forward_kl=0.5), "teacher_scores": SCORES}, r"teacher_scores: sampled needs all"),
         (

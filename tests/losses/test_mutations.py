@@ -53,8 +53,8 @@ MUTATIONS = {
     ),
     "top-k of each rank alone": Mutation(
         "top_k.py",
-        "owned = winners // self.k == shard.rank",
-        "owned = winners // self.k >= 0",
+        "(winners // self.k == shard.rank)",
+        "(winners // self.k >= 0)",
         f"{ORACLE} 2-topk_reverse_kl-fp32",
     ),
     "the clip has no gradient mask": Mutation(
@@ -149,6 +149,15 @@ MUTATIONS = {
         "log_probs[:, -1:].masked_fill(class_wins, -torch.inf)",
         "log_probs[:, -1:]",
         f"{SCORES} '1-local_support-one'",
+    ),
+    "a stop class among the student's k is forgotten": Mutation(
+        "top_k.py", "log_probs[:, -1:].isneginf()", "log_probs[:, -1:].isnan()", f"{SCORES} '1-topk_reverse_kl-one'"
+    ),
+    "the student's k are those of the teacher's likeliest entries": Mutation(
+        "top_k.py",
+        'if self.kind == "topk_reverse_kl":\n            class_wins',
+        "if False:\n            class_wins",
+        f"{SCORES} '1-topk_reverse_kl-one'",
     ),
     "a served teacher's end token counts by itself": Mutation(
         "chunk.py",

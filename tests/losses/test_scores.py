@@ -130,6 +130,9 @@ def test_scores_with_a_student_in_bf16_err_at_most_twice_as_much_as_dense(pool: 
         {"opd": "topk_forward_kl", "off_policy": "divergence"},
         {"opd": "topk_forward_kl", "k": 9},
         {"opd": "local_support", "k": 2},
+        {"opd": "topk_reverse_kl", "off_policy": "divergence"},
+        {"opd": "topk_reverse_kl", "k": 9},
+        {"opd": "topk_reverse_kl", "k": 1},
     ),
     ids=str,
 )

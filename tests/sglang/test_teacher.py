@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,22 @@ def objective(opd: OpdKind, off_policy: Any) -> Objective:
     return Objective(opd, 0.2, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, k=7, off_policy=off_policy)
 
 
+class Chosen:
+    """In place of the student: other ids at each position, and at some one less."""
+
+    def ids(self, shares: Sequence[Sequence[PackedBatch]]) -> list[Tensor]:
+        """[T, 7] int32 for each micro-batch."""
+        generator = torch.Generator().manual_seed(4)
+        found = []
+        for batch in chain.from_iterable(shares):
+            ids = torch.stack([torch.randperm(SHARED, generator=generator)[:7] for _ in range(batch.num_tokens)]).int()
+            ids[::3, -1] = -1
+            found.append(ids)
+        return found
+
+
 def scorer(layout: ParallelLayout, endpoints: Sequence[Endpoint], wanted: Objective) -> SGLangScorer:
+    student: Any = Chosen() if wanted.opd == "topk_reverse_kl" else None
     return SGLangScorer(
         FirstRank(),
         Roster("teacher", endpoints if dist.get_rank() == 0 else []),  # nobody else asks
@@ -104,6 +119,7 @@ def scorer(layout: ParallelLayout, endpoints: Sequence[Endpoint], wanted: Object
         teacher_vocab_size=ROWS,
         in_flight=4,
         timeout=30.0,
+        student=student,
     )
 
 
@@ -127,7 +143,12 @@ def distribution(model: Any, batch: PackedBatch, ids: int = SHARED) -> Tensor:
 
 @pytest.mark.parametrize(
     ("opd", "off_policy"),
-    [("sampled", "cross_entropy"), ("topk_forward_kl", "divergence"), ("local_support", "cross_entropy")],
+    [
+        ("sampled", "cross_entropy"),
+        ("topk_forward_kl", "divergence"),
+        ("local_support", "cross_entropy"),
+        ("topk_reverse_kl", "divergence"),
+    ],
 )
 @pytest.mark.parametrize(
     "parallel",
@@ -147,11 +168,13 @@ def test_scores_are_those_of_transformers(
     world = parallel.model_parallel_size * (parallel.dp or 1)
     everywhere = pool.run(world, score, parallel, [endpoint], objective(opd, off_policy))
     shares, worst, tokens = micro_batches(parallel), 0.0, 0
+    chosen = iter(Chosen().ids(shares))
+    chosen_of = [[next(chosen) for _ in share] for share in shares]
     for rank, ((dp_rank, cp_rank), scores) in enumerate(everywhere):
         if parallel.pp == 2 and rank == 0:
             assert all(each == FrozenScores() for each in scores)
             continue
-        for batch, given in zip(shares[dp_rank], scores, strict=True):
+        for batch, given, ids in zip(shares[dp_rank], scores, chosen_of[dp_rank], strict=True):
             assert given.tokens is not None and given.hidden is None
             places = context_positions(batch.cu_seqlens, cp_rank, parallel.cp)
             weights = batch.rollout_weights
@@ -164,6 +187,12 @@ def test_scores_are_those_of_transformers(
             worst = max(worst, _gap(ours.stop_log_probs, log_q[:, list(STOP_IDS)].logsumexp(1)))
             if opd == "sampled":
                 assert ours.top_ids is None and ours.top_log_probs is None
+            elif opd == "topk_reverse_kl":
+                assert ours.top_ids is not None and ours.top_log_probs is not None
+                own = ids[places][wanted].long()  # [P, 7]
+                asked = own >= 0
+                assert torch.equal(ours.top_ids[asked], own[asked]) and bool(ours.top_log_probs[~asked].isneginf().all())
+                worst = max(worst, _gap(ours.top_log_probs[asked], log_q.gather(1, own.clamp(min=0))[asked]))
             else:
                 assert ours.top_ids is not None and ours.top_log_probs is not None
                 assert ours.top_ids.shape == (int(wanted.sum()), WIDTH)
@@ -250,8 +279,16 @@ def metrics_of(folder: Path, name: str, tree: dict[str, Any], **sections: dict[s
         ("sampled", {}, {"tp": 2}),
         ("topk_forward_kl", {"opd": "topk_forward_kl", "k": 7, "stop_class": "none"}, {"pp": 2}),
         ("local_support", {"opd": "local_support", "k": 7}, {"cp": 2}),
+        ("topk_reverse_kl", {"opd": "topk_reverse_kl", "k": 7, "stop_class": "none"}, {"tp": 2}),
+        ("topk_reverse_kl-divergence", {"opd": "topk_reverse_kl", "k": 7, "off_policy": "divergence"}, {"cp": 2}),
     ],
-    ids=["sampled, tp2", "topk_forward_kl, pp2", "local_support, cp2"],
+    ids=[
+        "sampled, tp2",
+        "topk_forward_kl, pp2",
+        "local_support, cp2",
+        "topk_reverse_kl, tp2",
+        "topk_reverse_kl on all responses, cp2",
+    ],
 )
 def test_run_is_that_of_a_megatron_teacher(
     inputs: tuple[Path, dict[str, Any]],
