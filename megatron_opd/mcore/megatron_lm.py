@@ -54,7 +54,7 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         add_position_embedding=False,
         use_rotary_position_embeddings=True,
         rotary_base=rope["rope_theta"],
-        rotary_percent=1.0,
+        rotary_percent=rope.get("partial_rotary_factor", 1.0),
         rotary_interleaved=False,
         use_rope_scaling=rope["rope_type"] == "llama3",
         rope_scaling_factor=rope.get("factor", 1.0),
