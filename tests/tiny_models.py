@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral", "phi3"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")  # ids 0 to 4; the words follow
 EOS_ID = SPECIAL_TOKENS.index("<eos>")
@@ -35,6 +36,7 @@ _CONFIGS = {
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
+    "phi3": Phi3Config,
 }
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

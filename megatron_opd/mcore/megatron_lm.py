@@ -54,7 +54,7 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         add_position_embedding=False,
         use_rotary_position_embeddings=True,
         rotary_base=rope["rope_theta"],
-        rotary_percent=1.0,
+        rotary_percent=rope.get("partial_rotary_factor", 1.0),
         rotary_interleaved=False,
         use_rope_scaling=rope["rope_type"] == "llama3",
         rope_scaling_factor=rope.get("factor", 1.0),
@@ -163,7 +163,7 @@ def load_megatron_lm(chunks: Sequence[HiddenStateModel], path: Path, key: str) -
         loaded = dist_checkpointing.load(wanted, str(path))
         for number, chunk in enumerate(chunks):
             missing, unexpected = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-            absent = [name for name in [*missing, *unexpected] if not name.endswith("_extra_state")]
+            absent = [name for name in [*missing, *unexpected] if not _is_extra(name)]
             if absent:
                 raise OpdError(f"{key}: {path} and the model differ in {absent[0]}; give the checkpoint of that model")
     except (Exception, CheckpointException) as error:  # Megatron and torch raise many kinds
@@ -183,7 +183,12 @@ def load_head(path: Path, spec: ModelSpec, rank: int, ranks: int, rows: int, dty
 
 def sharded_weights(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[str, object]:
     """What to load. The state of Transformer Engine's FP8 scaling is made anew."""
-    return {name: value for name, value in sharded_state(chunk, metadata).items() if not name.endswith("_extra_state")}
+    return {name: value for name, value in sharded_state(chunk, metadata).items() if not _is_extra(name)}
+
+
+def _is_extra(name: str) -> bool:
+    """Grouped experts number theirs."""
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def sharded_state(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[str, object]:

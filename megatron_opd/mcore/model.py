@@ -31,6 +31,11 @@ from megatron_opd.mcore.sharding import Dimensions
 from megatron_opd.types import OpdError, PackedBatch
 
 _VOCAB_MULTIPLE = 128  # as Megatron-LM pads
+_ROPE_REASONS = {
+    "dynamic": "its frequencies depend on a sequence's length",
+    "longrope": "its factors depend on a sequence's length",
+    "yarn": "it scales queries and keys too",
+}
 RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
 
 
@@ -114,7 +119,11 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
         raise OpdError(f"{axes}.ep: {parallel.ep}, but {key} has no experts; set ep=1")
     rope_type = hf.rope_parameters["rope_type"]
     if rope_type not in family.rope_kinds:
-        raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported; supported are {', '.join(family.rope_kinds)}")
+        reason = f" ({_ROPE_REASONS[rope_type]})" if rope_type in _ROPE_REASONS else ""
+        supported = ", ".join(family.rope_kinds)
+        raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported{reason}; supported are {supported}")
+    if rotary_fraction(hf) != 1.0 and not family.partial_rotary:
+        raise OpdError(f"{key}: partial_rotary_factor={rotary_fraction(hf)} is not supported for {folder.architecture}")
     for name, value, axis, size in (
         ("num_attention_heads", hf.num_attention_heads, "tp", parallel.tp),
         ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
@@ -229,6 +238,7 @@ def _build_chunk(
         post_process=is_last,
         share_embeddings_and_output_weights=spec.dims.tied and with_head,
         position_embedding_type="rope",
+        rotary_percent=rotary_fraction(spec.hf),
         rotary_base=spec.hf.rope_parameters["rope_theta"],
         pg_collection=layout.groups,
         vp_stage=vp_stage,
@@ -242,11 +252,17 @@ def _build_chunk(
     return chunk if in_place else chunk.to(platform.device)  # parameters without memory (torch's fake mode) cannot be moved
 
 
+def rotary_fraction(hf: PretrainedConfig) -> float:
+    """Of each head's dimensions, the first, which positions turn."""
+    return float(hf.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
 def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
-    """[head_dim / 2] fp32, as transformers computes them, so that every supported scaling equals its original."""
+    """[rotary dimensions / 2] fp32, as transformers computes them, so that every supported scaling equals its original."""
     rope_type = hf.rope_parameters["rope_type"]
     if rope_type == "default":
-        dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
+        head_dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
+        dim = int(head_dim * rotary_fraction(hf))
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         return 1.0 / (hf.rope_parameters["rope_theta"] ** exponents), 1.0
     inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))

@@ -77,6 +77,9 @@ class Platform:
             normalization=config.normalization,
         )
         parts = layer.submodules
+        if config.num_moe_experts is not None:
+            # The local spec names this norm as part of a dense layer's first product, also where the layer has experts.
+            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
         attention = parts.self_attention.submodules
         attention.core_attention = PortableCoreAttention

@@ -87,6 +87,17 @@ class QKV(Column):
         return [part.flatten(0, 1) for part in by_group.split([query_rows, dims.head_dim, dims.head_dim], dim=1)]
 
 
+class FusedQKV(QKV):
+    """Of one HF tensor that has all query rows, then all key and all value rows: [(heads + 2 * groups) * head_dim, ...]."""
+
+    def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
+        groups = dims.query_groups * dims.head_dim
+        return super().merge(list(parts[0].split([dims.heads * dims.head_dim, groups, groups])), dims)
+
+    def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
+        return [torch.cat(super().split(full, dims))]
+
+
 class GatedMLP(Sharding):
     """Gate and up projections, each split by itself: [2 * ffn/tp, H]."""
 
@@ -102,6 +113,13 @@ class GatedMLP(Sharding):
     def unshard(self, shards: list[Tensor]) -> Tensor:
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat([*gates, *ups])
+
+
+class FusedGatedMLP(GatedMLP):
+    """Of one HF tensor that has the gate's rows, then the up projection's: [2 * ffn, H], which is Megatron's own order."""
+
+    def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
+        return [full]
 
 
 Layers = Literal["all", "dense", "experts"]

@@ -21,6 +21,7 @@ from megatron_opd.mcore.hf_mapping import named_parameters
 from megatron_opd.mcore.megatron_lm import arguments, sharded_state
 from megatron_opd.mcore.model import ModelSpec, build_model, transformer_config
 from megatron_opd.mcore.parallel import init_layout
+from megatron_opd.mcore.platform import Platform
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,22 @@ class Blueprint:
     arguments: Namespace  # Megatron-LM's
 
 
-def blueprint(spec: ModelSpec, parallel: ParallelConfig, dtype: torch.dtype, metadata: dict[str, object]) -> Blueprint:
+def blueprint(
+    spec: ModelSpec, parallel: ParallelConfig, dtype: torch.dtype, metadata: dict[str, object], platform: Platform = FAKE
+) -> Blueprint:
     """Of the whole model on one rank; ``parallel`` is only noted in the arguments.
 
     Args:
         metadata: a checkpoint's own content metadata, which decides names; empty for a new one.
+        platform: whose layer spec is built; a checkpoint is the same for each.
 
     Raises RuntimeError in a process that belongs to a world already, or sees a GPU.
     """
     alone = ParallelConfig()
     with fake_rank(0, 1):
         layout = init_layout(alone, seed=0)
-        config = transformer_config(spec, alone, FAKE, dtype, {"perform_initialization": False})
-        (chunk,) = build_model(spec, config, layout, FAKE)
+        config = transformer_config(spec, alone, platform, dtype, {"perform_initialization": False})
+        (chunk,) = build_model(spec, config, layout, platform)
         canonical = {id(each): name for name, each in named_parameters([chunk], 0).items()}
         own_names = {name: canonical[id(each)] for name, each in chunk.named_parameters()}
         state = sharded_state(chunk, metadata)

@@ -19,6 +19,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama, tied, sharded": {"arch": "llama", "tied": True, "max_shard_size": "20KB"},
     "qwen2": {"arch": "qwen2", "hidden": 64},
     "qwen3": {"arch": "qwen3"},
+    "qwen2, window": {"arch": "qwen2", "hidden": 64, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "mistral": {"arch": "mistral", "sliding_window": 5},
+    "phi3": {"arch": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 6},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
 }

@@ -25,7 +25,7 @@ LAYOUTS = {
     "ep2": ParallelConfig(ep=2, dp=2),
     "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
 }
-FAST = {("qwen3", "tp2"), ("llama, tied, sharded", "pp2"), ("qwen2", "tp1"), ("qwen3 moe", "ep2")}
+FAST = {("qwen3", "tp2"), ("llama, tied, sharded", "pp2"), ("qwen2", "tp1"), ("phi3", "tp2"), ("qwen3 moe", "ep2")}
 
 
 def cases() -> list[Any]:

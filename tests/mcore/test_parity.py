@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, sharded file": {"arch": "llama", "max_shard_size": "20KB"},
     "mistral, window": {"arch": "mistral", "sliding_window": 5},
     "qwen3, window": {"arch": "qwen3", "layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "phi3, part rotary": {"arch": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 6},
+    "phi3, tied": {"arch": "phi3", "tied": True, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
 }

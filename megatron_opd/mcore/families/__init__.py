@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_opd.mcore.families.experts import MIXTRAL, QWEN3_MOE
 from megatron_opd.mcore.families.family import EMBEDDING, LM_HEAD, Family
 from megatron_opd.mcore.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from megatron_opd.mcore.families.phi3 import PHI3
 from megatron_opd.types import OpdError
 
 __all__ = ["EMBEDDING", "FAMILIES", "LM_HEAD", "Family", "family_of"]
@@ -14,6 +15,7 @@ FAMILIES = {  # by architectures[0] of config.json
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Phi3ForCausalLM": PHI3,
     "MixtralForCausalLM": MIXTRAL,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }

@@ -24,6 +24,7 @@ class Family:
         fields: of TransformerConfig, beyond those that follow from every config.json in the same way.
         refusals: what a config.json asks for and this cannot compute exactly, in words that follow "config.json".
         rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone.
+        partial_rotary: whether ``partial_rotary_factor`` leaves the rest of each head without positions.
     """
 
     table: tuple[Entry, ...]
@@ -31,6 +32,7 @@ class Family:
     refusals: Callable[[PretrainedConfig], list[str]] = lambda hf: []
     experts: Callable[[PretrainedConfig], int] = lambda hf: 0
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
+    partial_rotary: bool = False
 
 
 def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:

@@ -1,0 +1,7 @@
+"""Names in Megatron's annotations."""
+
+
+class Sequential: ...
+
+
+class FusibleOperation: ...
