@@ -1,6 +1,7 @@
 """``python tools/convert.py to-megatron|to-hf|verify SRC DST``: Hugging Face folders to Megatron-LM checkpoints and back.
 
-Bit for bit; memory holds one parameter and one file's tensors, whatever the model's size.
+Bit for bit; each process holds two or three times the largest parameter, whatever the model's size. After a kill the same
+command goes on with the files that are not finished.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SHOWN = 20  # differences
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: done, or equal; 1: ``verify`` found differences; 2: bad input, one line on stderr."""
+    """Exit code 0: done, or equal; 1: ``verify`` found differences; 2: not done, one line on stderr says why."""
     options = _parser().parse_args(arguments)
     # Megatron's modules are built without memory, on CPU, with patches that must not meet a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -28,9 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     try:
         return _run(options)
-    except OpdError as error:
-        print(f"convert: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from here")
+        return 130
+    except Exception as error:  # whatever it is, in one line; what a conversion has finished is kept for the next
+        from megatron_opd.conversion.workers import one_line
+
+        _say(one_line(error))
         return 2
+
+
+def _say(line: str) -> None:
+    print(f"\r\x1b[Kconvert: {line}" if sys.stderr.isatty() else f"convert: {line}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         if name != "verify":
             command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as SRC has it")
             command.add_argument("--shard-gb", type=float, default=5.0, metavar="5", help="largest file, in GB")
+    for command in commands.choices.values():
+        command.add_argument("--processes", type=int, metavar="N", help="default: as many as there are cores, up to 8")
     for axis in ("tp", "pp", "ep"):
         commands.choices["to-megatron"].add_argument(f"--{axis}", type=int, default=1, help="layout to prepare for")
     return parser
@@ -58,9 +70,10 @@ def _run(options: argparse.Namespace) -> int:
     # Imported late: torch must not see a GPU.
     import torch
 
-    from megatron_opd.conversion.convert import to_hf, to_megatron
+    from megatron_opd.conversion.convert import Work, to_hf, to_megatron
     from megatron_opd.conversion.progress import Progress
     from megatron_opd.conversion.verify import differences
+    from megatron_opd.conversion.workers import default_processes
 
     def start(total: int) -> Callable[[int], None]:
         return Progress(options.command, total, sys.stderr).add
@@ -68,8 +81,11 @@ def _run(options: argparse.Namespace) -> int:
     for path in (options.source, *([options.target] if options.command == "verify" else [])):
         if not path.is_dir():
             raise OpdError(f"{path}: no such folder; give a Hugging Face folder or a torch_dist checkpoint")
+    processes = default_processes() if options.processes is None else options.processes
+    if processes < 1:
+        raise OpdError(f"--processes: {processes} is not positive; give the number of processes that share the work")
     if options.command == "verify":
-        found = list(differences(options.source, options.target, options.hf, start))
+        found = differences(options.source, options.target, options.hf, processes, start)
         for line in found[:_SHOWN]:
             print(line)
         print(f"{len(found)} differences" if found else "equal, bit for bit")
@@ -78,10 +94,11 @@ def _run(options: argparse.Namespace) -> int:
     shard_bytes = int(options.shard_gb * 1e9)
     if shard_bytes <= 0:
         raise OpdError(f"--shard-gb: {options.shard_gb} is not positive; give the size of the largest file in GB")
+    work = Work(shard_bytes, processes, start, _say)
     if options.command == "to-hf":
-        to_hf(options.source, options.target, options.hf, dtype, shard_bytes, start)
+        to_hf(options.source, options.target, options.hf, dtype, work)
     else:
-        to_megatron(options.source, options.target, _layout(options), dtype, shard_bytes, start)
+        to_megatron(options.source, options.target, _layout(options), dtype, work)
     return 0
 
 
