@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         if name != "verify":
             command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as SRC has it")
             command.add_argument("--shard-gb", type=float, default=5.0, metavar="5", help="largest file, in GB")
+    commands.choices["verify"].add_argument(
+        "--logits", action="store_true", help="run both models too, in fp32, on sample text; needs memory for one of them"
+    )
+    commands.choices["verify"].add_argument("--text", type=Path, metavar="FILE", help="for --logits, in place of a few lines")
     for command in commands.choices.values():
         command.add_argument("--processes", type=int, metavar="N", help="default: as many as there are cores, up to 8")
     for axis in ("tp", "pp", "ep"):
@@ -72,7 +76,6 @@ def _run(options: argparse.Namespace) -> int:
 
     from megatron_opd.conversion.convert import Work, to_hf, to_megatron
     from megatron_opd.conversion.progress import Progress
-    from megatron_opd.conversion.verify import differences
     from megatron_opd.conversion.workers import default_processes
 
     def start(total: int) -> Callable[[int], None]:
@@ -85,11 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     if processes < 1:
         raise OpdError(f"--processes: {processes} is not positive; give the number of processes that share the work")
     if options.command == "verify":
-        found = differences(options.source, options.target, options.hf, processes, start)
-        for line in found[:_SHOWN]:
-            print(line)
-        print(f"{len(found)} differences" if found else "equal, bit for bit")
-        return 1 if found else 0
+        return _verify(options, processes, start)
     dtype = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}.get(options.dtype)
     shard_bytes = int(options.shard_gb * 1e9)
     if shard_bytes <= 0:
@@ -100,6 +99,31 @@ def _run(options: argparse.Namespace) -> int:
     else:
         to_megatron(options.source, options.target, _layout(options), dtype, work)
     return 0
+
+
+def _verify(options: argparse.Namespace, processes: int, start: Callable[[int], Callable[[int], None]]) -> int:
+    from megatron_opd.conversion.logits import LARGEST, TEXT, logit_difference
+    from megatron_opd.conversion.verify import differences
+
+    if options.text is not None and not options.logits:
+        raise OpdError("--text: is for --logits; give both")
+    text = TEXT if options.text is None else _read_text(options.text)
+    found = differences(options.source, options.target, options.hf, processes, start)
+    for line in found[:_SHOWN]:
+        print(line)
+    print(f"{len(found)} differences" if found else "equal, bit for bit")
+    if not options.logits:
+        return 1 if found else 0
+    largest, tokens = logit_difference(options.source, options.target, options.hf, text)
+    print(f"logits of {tokens} tokens: largest difference {largest:.1e} of the largest logit")
+    return 0 if not found and largest <= LARGEST else 1
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise OpdError(f"--text: {file} cannot be read ({error}); give a file of UTF-8 text") from error
 
 
 def _layout(options: argparse.Namespace) -> ParallelConfig:

@@ -25,7 +25,8 @@ from megatron_opd.types import OpdError
 MANIFEST = "manifest.json"
 _FILES, _JOURNAL = "files", "journal.jsonl"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_BUFFER = 1 << 20  # bytes
+_BUFFER = 1 << 16  # bytes
+_BLOCK = 1 << 20  # bytes; what is digested is still in the processor's cache when it is written
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,12 @@ class _Digesting:
         self.tell, self.flush = stream.tell, stream.flush
 
     def write(self, data: Any) -> int:
-        self._hash.update(data)
-        return self._stream.write(data)
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _BLOCK):
+            block = view[start : start + _BLOCK]
+            self._hash.update(block)
+            self._stream.write(block)
+        return len(view)
 
     def digest(self) -> str:
         return self._hash.hexdigest()

@@ -29,12 +29,9 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
 
     Raises OpdError where a folder is no model.
     """
-    mine, theirs = config_of(one), config_of(other)
-    fallback = config or mine or theirs
-    if fallback is None:
-        raise OpdError(f"{one}: no config.json here or in {other}; name the Hugging Face folder of this model with --hf")
+    mine, theirs = config_for(one, other, config)
     files = [(folder, name, expected) for folder in (one, other) for name, expected in manifest(folder).items()]
-    left, right = _open(one, mine or fallback), _open(other, theirs or fallback)
+    left, right = _open(one, mine), _open(other, theirs)
     there = {entry.megatron: entry.hf for entry in entries(right.spec.architecture, right.spec.dims)}
     common = [e for e in entries(left.spec.architecture, left.spec.dims) if there.get(e.megatron) == e.hf]
     sizes = [sum(left.tensors[name].nbytes for name in entry.hf) for entry in common]
@@ -43,7 +40,7 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
     report = start(sum(size for *_, (size, _) in files) + sum(sizes))
     with closing(share(tasks, processes, report)) as done:
         found = dict(done)
-    lines = _config_differences(mine, theirs) if mine and theirs else ()
+    lines = _config_differences(mine, theirs) if mine != theirs else ()
     lonely = sorted(left.tensors.keys() ^ right.tensors.keys())
     return [
         *(line for number in range(len(files)) for line in found[number]),
@@ -81,7 +78,16 @@ def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def config_of(path: Path) -> Path | None:
+def config_for(one: Path, other: Path, config: Path | None) -> tuple[Path, Path]:
+    """The folder of the config.json that each of the two goes by: its own, ``config`` or the other's. Raises OpdError."""
+    mine, theirs = _config_of(one), _config_of(other)
+    fallback = config or mine or theirs
+    if fallback is None:
+        raise OpdError(f"{one}: no config.json here or in {other}; name the Hugging Face folder of this model with --hf")
+    return mine or fallback, theirs or fallback
+
+
+def _config_of(path: Path) -> Path | None:
     """The folder of its config.json, if it brings one."""
     return next((folder for folder in (path, path / HF_FILES) if is_hf(folder)), None)
 

@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 import torch
 
 from megatron_opd.mcore.checkpoint_files import root_cause
-from megatron_opd.processes import end_with_parent
+from megatron_opd.processes import end_with_parent, reuse_memory
 from megatron_opd.types import OpdError
 
 Result = TypeVar("Result")
@@ -116,6 +116,7 @@ def _work(tasks: Sequence[Task[Result]], connection: Connection, parent: int) ->
     if os.getppid() != parent:  # it ended before that
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the parent to handle
+    reuse_memory()
     gc.freeze()  # what is the parent's stays shared with it
     torch.set_num_threads(1)
     unreported = 0
