@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from here")
+        _say("interrupted" if options.command == "verify" else "interrupted; the same command goes on from here")
         return 130
     except Exception as error:  # whatever it is, in one line; what a conversion has finished is kept for the next
         from megatron_opd.conversion.workers import one_line

@@ -78,6 +78,20 @@ def killed(good: Path, command: str, out: Path, monkeypatch: pytest.MonkeyPatch)
     raise AssertionError("a process of the killed conversion is still there")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_just_before_it_is_whole_it_reads_no_weights_again(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "write_manifest", lambda _: signal.raise_signal(signal.SIGINT))
+        assert convert(*arguments(good, command, out)) == 130
+    kept = finished_files(partial)
+    assert convert(*arguments(good, command, out)) == 0
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    assert content(out) == uninterrupted(good, command)
+
+
 def finished_files(partial: Path) -> dict[str, int]:
     """Inode by name, as the journal lists them."""
     lines = (partial / "journal.jsonl").read_text().splitlines()[1:]
