@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from megatron_opd.shard import Shard
 from megatron_opd.types import NamedTensors, OpdError
 
 INDEX = "model.safetensors.index.json"
@@ -48,6 +48,7 @@ class HFFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._shards: dict[Path, Shard] = {}
 
     @cached_property
     def architecture(self) -> str:
@@ -75,7 +76,7 @@ class HFFolder:
         single = self.path / SINGLE
         if not single.exists():
             raise OpdError(f"{self.path}: neither {SINGLE} nor {INDEX}; give a folder with safetensors weights")
-        return dict.fromkeys(self._open(single).keys(), single)
+        return dict.fromkeys(self._shard(single).headers, single)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -90,13 +91,11 @@ class HFFolder:
         for name, file in self.files.items():
             by_file.setdefault(file, []).append(name)
         for file, names in by_file.items():
-            handle = self._open(file)
-            present = set(handle.keys())
+            present = self._shard(file).headers
             for name in names:
                 if name not in present:
                     raise OpdError(f"{file}: tensor {name} is listed in {INDEX} but not there; download the shard again")
-                view = handle.get_slice(name)
-                headers[name] = (tuple(view.get_shape()), view.get_dtype())
+                headers[name] = present[name]
         return headers
 
     def check_files(self) -> None:
@@ -116,27 +115,25 @@ class HFFolder:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise OpdError(f"{self.path}: tensor {name} is missing; download the model again")
-        return self._open(self.files[name]).get_tensor(name)
+        return self._holder(name).tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a matrix; rows beyond its end are zero. [stop - start, columns]"""
-        if name not in self.files:
-            raise OpdError(f"{self.path}: tensor {name} is missing; download the model again")
-        view = self._open(self.files[name]).get_slice(name)
-        height, width = view.get_shape()
-        part: Tensor = view[min(start, height) : min(stop, height)]
+        shard = self._holder(name)
+        height, width = self.shapes[name]
+        part = shard.rows(name, min(start, height), min(stop, height))
         padding = part.new_zeros(stop - start - part.shape[0], width)
         return torch.cat([part, padding]) if padding.shape[0] else part
 
-    def _open(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except FileNotFoundError as error:
-            raise OpdError(f"{file}: listed in {INDEX} but missing; download the shard again") from error
-        except (SafetensorError, OSError) as error:
-            raise OpdError(f"{file}: truncated or not a safetensors file ({_first_line(error)}); download it again") from error
+    def _holder(self, name: str) -> Shard:
+        if name not in self.headers:
+            raise OpdError(f"{self.path}: tensor {name} is missing; download the model again")
+        return self._shard(self.files[name])
+
+    def _shard(self, file: Path) -> Shard:
+        if file not in self._shards:
+            self._shards[file] = Shard(file)
+        return self._shards[file]
 
     def _read_json(self, name: str) -> dict[str, Any]:
         file = self.path / name

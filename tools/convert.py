@@ -2,7 +2,8 @@
 
 ``compare-tokenizers STUDENT TEACHER``: whether a run accepts the two.
 
-Bit for bit; memory holds one parameter and one file's tensors, whatever the model's size.
+Bit for bit; each process holds two or three times the largest parameter, whatever the model's size. After a kill the same
+command goes on with the files that are not finished.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _SHOWN = 20  # differences
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: done, equal or compatible; 1: it is not; 2: bad input, one line on stderr."""
+    """Exit code 0: done, equal or compatible; 1: it is not; 2: not done, one line on stderr says why."""
     options = _parser().parse_args(arguments)
     # Megatron's modules are built without memory, on CPU, with patches that must not meet a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -30,9 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable(logging.WARNING)
     try:
         return _run(options)
-    except OpdError as error:
-        print(f"convert: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        _say("interrupted" if options.command == "verify" else "interrupted; the same command goes on from here")
+        return 130
+    except Exception as error:  # whatever it is, in one line; what a conversion has finished is kept for the next
+        from megatron_opd.conversion.workers import one_line
+
+        _say(one_line(error))
         return 2
+
+
+def _say(line: str) -> None:
+    print(f"\r\x1b[Kconvert: {line}" if sys.stderr.isatty() else f"convert: {line}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         if name != "verify":
             command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as SRC has it")
             command.add_argument("--shard-gb", type=float, default=5.0, metavar="5", help="largest file, in GB")
+    commands.choices["verify"].add_argument(
+        "--logits", action="store_true", help="run both models too, in fp32, on sample text; needs memory for one of them"
+    )
+    commands.choices["verify"].add_argument("--text", type=Path, metavar="FILE", help="for --logits, in place of a few lines")
+    for command in commands.choices.values():
+        command.add_argument("--processes", type=int, metavar="N", help="default: as many as there are cores, up to 8")
     for axis in ("tp", "pp", "ep"):
         commands.choices["to-megatron"].add_argument(f"--{axis}", type=int, default=1, help="layout to prepare for")
     compare = commands.add_parser("compare-tokenizers", help="ids, special and end tokens of two models; 1: a run refuses them")
@@ -68,9 +84,9 @@ def _run(options: argparse.Namespace) -> int:
     # Imported late: torch must not see a GPU.
     import torch
 
-    from megatron_opd.conversion.convert import to_hf, to_megatron
+    from megatron_opd.conversion.convert import Work, to_hf, to_megatron
     from megatron_opd.conversion.progress import Progress
-    from megatron_opd.conversion.verify import differences
+    from megatron_opd.conversion.workers import default_processes
 
     def start(total: int) -> Callable[[int], None]:
         return Progress(options.command, total, sys.stderr).add
@@ -78,20 +94,20 @@ def _run(options: argparse.Namespace) -> int:
     for path in (options.source, *([options.target] if options.command == "verify" else [])):
         if not path.is_dir():
             raise OpdError(f"{path}: no such folder; give a Hugging Face folder or a torch_dist checkpoint")
+    processes = default_processes() if options.processes is None else options.processes
+    if processes < 1:
+        raise OpdError(f"--processes: {processes} is not positive; give the number of processes that share the work")
     if options.command == "verify":
-        found = list(differences(options.source, options.target, options.hf, start))
-        for line in found[:_SHOWN]:
-            print(line)
-        print(f"{len(found)} differences" if found else "equal, bit for bit")
-        return 1 if found else 0
+        return _verify(options, processes, start)
     dtype = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}.get(options.dtype)
     shard_bytes = int(options.shard_gb * 1e9)
     if shard_bytes <= 0:
         raise OpdError(f"--shard-gb: {options.shard_gb} is not positive; give the size of the largest file in GB")
+    work = Work(shard_bytes, processes, start, _say)
     if options.command == "to-hf":
-        to_hf(options.source, options.target, options.hf, dtype, shard_bytes, start)
+        to_hf(options.source, options.target, options.hf, dtype, work)
     else:
-        to_megatron(options.source, options.target, _layout(options), dtype, shard_bytes, start)
+        to_megatron(options.source, options.target, _layout(options), dtype, work)
     return 0
 
 
@@ -101,6 +117,31 @@ def _compare_tokenizers(student: Path, teacher: Path) -> int:
     comparison = compare_tokenizers(student, teacher)
     print("\n".join(comparison.lines))
     return 0 if comparison.compatible else 1
+
+
+def _verify(options: argparse.Namespace, processes: int, start: Callable[[int], Callable[[int], None]]) -> int:
+    from megatron_opd.conversion.logits import LARGEST, TEXT, logit_difference
+    from megatron_opd.conversion.verify import differences
+
+    if options.text is not None and not options.logits:
+        raise OpdError("--text: is for --logits; give both")
+    text = TEXT if options.text is None else _read_text(options.text)
+    found = differences(options.source, options.target, options.hf, processes, start)
+    for line in found[:_SHOWN]:
+        print(line)
+    print(f"{len(found)} differences" if found else "equal, bit for bit")
+    if not options.logits:
+        return 1 if found else 0
+    largest, tokens = logit_difference(options.source, options.target, options.hf, text)
+    print(f"logits of {tokens} tokens: largest difference {largest:.1e} of the largest logit")
+    return 0 if not found and largest <= LARGEST else 1
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise OpdError(f"--text: {file} cannot be read ({error}); give a file of UTF-8 text") from error
 
 
 def _layout(options: argparse.Namespace) -> ParallelConfig:

@@ -1,37 +1,53 @@
-"""From Hugging Face to Megatron-LM and back, one entry of the mapping table in memory at a time."""
+"""From Hugging Face to Megatron-LM and back: each process makes whole files, with one entry of the mapping table in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.conversion.safetensors_file import ShardedWriter, plan_shards
-from megatron_opd.conversion.target import copy_all_but_weights, new_folder
+from megatron_opd.conversion.safetensors_file import content, file_names, header, write_index
+from megatron_opd.conversion.target import OutputFile, copy_all_but_weights, identity_of, new_folder
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights
+from megatron_opd.conversion.workers import Report, StartReport
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
 from megatron_opd.mcore.hf_mapping import entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.sharding import Entry
-from megatron_opd.mcore.torch_dist import WeightWriter
+from megatron_opd.mcore.torch_dist import WeightFiles, consecutive
 from megatron_opd.mcore.weight_places import Blueprint, blueprint
 from megatron_opd.types import OpdError
 
 RELEASE = "release"  # Megatron-LM's name for weights that no training step of its own has made
 HF_FILES = "hf"  # beside it: config.json, tokenizer and so on, byte for byte
-Report = Callable[[int], None]  # takes the bytes that have just been read
-StartReport = Callable[[int], Report]  # takes the bytes that there are
+_FORMAT = 2  # counts up when other files are written for the same model: those of before are not gone on with
 
 
-def to_megatron(
-    source: Path, target: Path, parallel: ParallelConfig, dtype: torch.dtype | None, shard_bytes: int, start: StartReport
-) -> None:
+@dataclass(frozen=True)
+class Work:
+    """How a conversion is done.
+
+    Args:
+        processes: that share the files; each holds two or three times the largest parameter.
+        start: called with the bytes that are to be read.
+        say: takes a line where a killed conversion is resumed or thrown away.
+    """
+
+    shard_bytes: int  # of the largest file
+    processes: int
+    start: StartReport
+    say: Callable[[str], None]
+
+
+def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: torch.dtype | None, work: Work) -> None:
     """Write ``target`` as a checkpoint of Megatron-LM, which ``student.load`` reads too. Raises OpdError; nothing is left then.
 
     Args:
@@ -39,29 +55,37 @@ def to_megatron(
         dtype: of the result; None: as the source has it.
     """
     folder = HFFolder(source)
+    read = _Source([source])
     weights = HFWeights(folder, model_spec(folder, parallel, "source"))
     spec = weights.spec
     table = {entry.megatron: entry for entry in entries(spec.architecture, spec.dims)}
     dtypes = {name: dtype or _one_dtype(weights, entry) for name, entry in table.items()}
     plan = blueprint(spec, parallel, dtype or max(dtypes.values(), key=list(dtypes.values()).count), {})
     _check_keys(plan, dtypes, source)
-    report = start(sum(info.nbytes for info in weights.tensors.values()))
+    sizes = {name: sum(weights.tensors[part].nbytes for part in entry.hf) for name, entry in table.items()}
+    files = WeightFiles(plan, dtypes, work.shard_bytes)
 
-    def full(name: str) -> Tensor:
-        parts = weights.read(table[name])
-        report(sum(part.nbytes for part in parts))
-        return table[name].sharding.merge(parts, spec.dims).to(dtypes[name])
+    def output(number: int) -> OutputFile:
+        def write(stream: BinaryIO, report: Report) -> list[int]:
+            def full(name: str) -> Tensor:
+                report(sizes[name])
+                return table[name].sharding.merge(weights.read(table[name]), spec.dims).to(dtypes[name])
+
+            return files.write(number, stream, full)
+
+        return OutputFile(f"{RELEASE}/{files.names[number]}", sum(sizes[name] for name in files.parameters(number)), write)
 
     needed = sum(place.numel * dtypes[name].itemsize for name in table for place in plan.places[name])
-    with new_folder(target, needed) as partial:
-        WeightWriter(partial / RELEASE, plan, shard_bytes).write(table, dtypes.__getitem__, full)
-        copy_all_but_weights(source, partial / HF_FILES)
-        (partial / LATEST).write_text(RELEASE, encoding="utf-8")
+    identity = _identity("to-megatron", read, dtype, work, layout=parallel.model_dump())
+    with new_folder(target, needed, identity, work.say) as partial:
+        ends = partial.write([output(number) for number in range(len(files.names))], work.processes, work.start)
+        files.finish(partial.folder / RELEASE, ends)
+        copy_all_but_weights(source, partial.folder / HF_FILES)
+        (partial.folder / LATEST).write_text(RELEASE, encoding="utf-8")
+        read.check_unchanged()
 
 
-def to_hf(
-    source: Path, target: Path, config: Path | None, dtype: torch.dtype | None, shard_bytes: int, start: StartReport
-) -> None:
+def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | None, work: Work) -> None:
     """Write ``target`` as a Hugging Face folder. Raises OpdError; nothing is left then.
 
     Args:
@@ -70,18 +94,36 @@ def to_hf(
     """
     files = config_folder(source, config)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
+    read = _Source([weights.path, files.path])
     infos = {name: info if dtype is None else replace(info, dtype=dtype) for name, info in weights.tensors.items()}
-    report = start(sum(info.nbytes for info in weights.tensors.values()))
-    with new_folder(target, sum(info.nbytes for info in infos.values())) as partial:
-        writer = ShardedWriter(partial, plan_shards(infos.values(), shard_bytes))
-        for entry in entries(weights.spec.architecture, weights.spec.dims):
-            for name, part in zip(entry.hf, weights.read(entry), strict=True):
-                report(part.nbytes)
-                writer.write(name, part.to(infos[name].dtype))
-        writer.finish()
-        copy_all_but_weights(files.path, partial)
+    table = list(entries(weights.spec.architecture, weights.spec.dims))
+    parts = consecutive((sum(infos[name].nbytes for name in entry.hf) for entry in table), work.shard_bytes)
+    # Readers need each tensor aligned to its elements: the wide ones go first.
+    shards = [sorted((table[n] for n in part), key=lambda entry: -infos[entry.hf[0]].dtype.itemsize) for part in parts]
+    names = file_names(len(shards))
+
+    def output(name: str, shard: Sequence[Entry]) -> OutputFile:
+        def write(stream: BinaryIO, report: Report) -> list[int]:
+            stream.write(header(infos[each] for entry in shard for each in entry.hf))
+            for entry in shard:
+                for each, tensor in zip(entry.hf, weights.read(entry), strict=True):
+                    report(tensor.nbytes)
+                    stream.write(content(tensor.to(infos[each].dtype)))
+            return []
+
+        return OutputFile(name, sum(weights.tensors[each].nbytes for entry in shard for each in entry.hf), write)
+
+    identity = _identity("to-hf", read, dtype, work)
+    with new_folder(target, sum(info.nbytes for info in infos.values()), identity, work.say) as partial:
+        partial.write([output(*each) for each in zip(names, shards, strict=True)], work.processes, work.start)
+        write_index(
+            partial.folder,
+            {name: [infos[each] for entry in shard for each in entry.hf] for name, shard in zip(names, shards, strict=True)},
+        )
+        copy_all_but_weights(files.path, partial.folder)
         if dtype is not None:
-            _set_dtype(partial / "config.json", dtype)
+            _set_dtype(partial.folder / "config.json", dtype)
+        read.check_unchanged()
 
 
 def config_folder(source: Path, config: Path | None) -> HFFolder:
@@ -90,6 +132,36 @@ def config_folder(source: Path, config: Path | None) -> HFFolder:
     if not (folder / "config.json").is_file():
         raise OpdError(f"{folder / 'config.json'}: not there; name the Hugging Face folder of this model with --hf")
     return HFFolder(folder)
+
+
+class _Source:
+    """Folders as they were before they were read."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = folders
+        self.files = self._now()
+
+    def check_unchanged(self) -> None:
+        """Raises OpdError."""
+        for folder, before, now in zip(self._folders, self.files, self._now(), strict=True):
+            if before != now:
+                raise OpdError(f"{folder}: has changed while it was read; start again")
+
+    def _now(self) -> list[dict[str, list[int]]]:
+        return [identity_of(folder) for folder in self._folders]
+
+
+def _identity(command: str, source: _Source, dtype: torch.dtype | None, work: Work, **more: object) -> dict[str, Any]:
+    """What the result's bytes follow from."""
+    return {
+        "command": command,
+        "format": _FORMAT,
+        "versions": {package: version(package) for package in ("torch", "transformers", "megatron-core")},
+        "source": source.files,
+        "dtype": str(dtype),
+        "shard_bytes": work.shard_bytes,
+        **more,
+    }
 
 
 def _one_dtype(weights: HFWeights, entry: Entry) -> torch.dtype:

@@ -1,52 +1,261 @@
-"""The folder that a conversion makes: there when it is whole, with a manifest of its files, and never before."""
+"""The folder that a conversion makes: there when it is whole, with a manifest of its files, and never before.
+
+Until then it is ``.NAME.partial`` beside the target: ``files``, which becomes the target by a rename, and a journal of those
+that are finished, from which the same command goes on after a kill.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from megatron_opd.conversion.workers import Interrupted, Report, StartReport, portable, share
 from megatron_opd.hf_folder import INDEX
 from megatron_opd.mcore.checkpoint_files import list_files, root_cause
 from megatron_opd.types import OpdError
 
 MANIFEST = "manifest.json"
+_FILES, _JOURNAL = "files", "journal.jsonl"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_BUFFER = 1 << 16  # bytes
+_BLOCK = 1 << 20  # bytes; what is digested is still in the processor's cache when it is written
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One that a process writes by itself.
+
+    Args:
+        name: its path within the result.
+        source_bytes: that are read for it.
+        write: fills the stream from front to back and reports the bytes that it has read; returns what the result's index
+            needs to know of the file.
+    """
+
+    name: str
+    source_bytes: int
+    write: Callable[[BinaryIO, Report], list[int]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is on the disk."""
+
+    nbytes: int
+    digest: str  # BLAKE2b, of the bytes on their way to the disk
+    notes: list[int]  # what its `write` has returned
+
+
+class Partial:
+    """A result that is not yet whole."""
+
+    def __init__(self, folder: Path, journal: BinaryIO, finished: dict[str, Written]) -> None:
+        self.folder, self._journal, self.finished = folder, journal, finished
+
+    def write(self, files: Sequence[OutputFile], processes: int, start: StartReport) -> list[list[int]]:
+        """What each file's ``write`` has returned. Those that are finished are left as they are.
+
+        Raises OpdError or OSError; Interrupted where the same command may go on.
+        """
+        missing = [file for file in files if file.name not in self.finished]
+        for folder in {(self.folder / file.name).parent for file in missing}:
+            folder.mkdir(exist_ok=True)
+        report = start(sum(file.source_bytes for file in missing))
+        tasks = [self._task(file) for file in missing]
+        with closing(share(tasks, processes, report)) as done:  # no process writes any more when this has failed
+            for number, written in done:
+                self._record(missing[number].name, written)
+        return [self.finished[file.name].notes for file in files]
+
+    def _task(self, file: OutputFile) -> Callable[[Report], Written]:
+        def write(report: Report) -> Written:
+            with (self.folder / file.name).open("wb", buffering=_BUFFER) as raw:
+                stream = _Digesting(raw)
+                notes = file.write(stream, report)  # type: ignore[arg-type]  # of a stream, all that writing needs
+                raw.flush()
+                os.fsync(raw.fileno())
+                return Written(raw.tell(), stream.digest(), notes)
+
+        return write
+
+    def _record(self, name: str, written: Written) -> None:
+        self.finished[name] = written
+        _append(self._journal, {"name": name, **asdict(written)})
+
+    def write_manifest(self) -> None:
+        """Of all files; of those that :meth:`write` has not written, which are small, after reading them."""
+        rest = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        small = list_files([path for path in rest if self._name(path) not in self.finished], self.folder, to_disk=True)
+        listed = {name: (written.nbytes, written.digest) for name, written in self.finished.items()} | small
+        content = {name: {"bytes": size, "blake2b": digest} for name, (size, digest) in sorted(listed.items())}
+        with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"files": content}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+            _sync_folder(folder)
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.folder))
+
+
+class _Digesting:
+    """Passes on what is written, and keeps its digest."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._hash = stream, hashlib.blake2b(digest_size=16)
+        self.tell, self.flush = stream.tell, stream.flush
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _BLOCK):
+            block = view[start : start + _BLOCK]
+            self._hash.update(block)
+            self._stream.write(block)
+        return len(view)
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
 
 @contextmanager
-def new_folder(target: Path, needed: int) -> Iterator[Path]:
-    """Give a folder to fill, and show it as ``target`` when the block ends well; else nothing is left.
+def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callable[[str], None]) -> Iterator[Partial]:
+    """Give a folder to fill, and show it as ``target`` when the block ends well.
+
+    Where the block raises OpdError or OSError nothing is left. After a kill, an interrupt or Interrupted, finished files are
+    kept for the next call with the same ``identity``. It compares their sizes; their content was digested on its way to the
+    disk, and ``verify`` reads it again.
 
     Args:
         needed: bytes that will be written.
+        identity: what the result follows from, as JSON has it.
+        say: takes a line where something is resumed or thrown away.
 
-    Raises OpdError where ``target`` holds something, the disk is too small, or writing fails.
+    Raises OpdError where ``target`` holds something, the disk is too small, another process is at it, or writing fails.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OpdError(f"{target}: exists and is not empty; give another target, or delete it")
+    path = target.resolve()
+    partial = path.with_name(f".{path.name}.partial")
+    with ExitStack() as stack:
+        try:
+            result = _resumed(partial, target, identity, say, stack)
+            _check_disk(target, needed - sum(written.nbytes for written in result.finished.values()) if result else needed)
+            result = result or _begun(partial, identity, stack)
+        except OSError as error:
+            raise OpdError(f"{target}: cannot be written ({root_cause(error)}); give another target") from error
+        try:
+            yield result
+            result.write_manifest()
+            result.folder.rename(path)
+            _sync_folder(path.parent)
+        except Interrupted as error:
+            raise Interrupted(f"{target}: {error}; the same command goes on from here") from error
+        except OSError as error:
+            if isinstance(portable(error), Interrupted):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OpdError(f"{target}: cannot be written ({root_cause(error)}); nothing is left of it") from error
+        except OpdError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _resumed(
+    partial: Path, target: Path, identity: dict[str, Any], say: Callable[[str], None], stack: ExitStack
+) -> Partial | None:
+    """What a killed conversion with the same ``identity`` has left; of another, or damaged, it is thrown away."""
+    if not partial.exists():
+        return None
+    file = partial / _JOURNAL
+    if file.is_file():
+        journal = stack.enter_context(file.open("r+b"))
+        _lock(journal, target)
+        recorded = _read_journal(journal)
+        if recorded and recorded[0] == identity:
+            files = partial / _FILES
+            finished = {entry["name"]: Written(entry["nbytes"], entry["digest"], entry["notes"]) for entry in recorded[1:]}
+            finished = {name: written for name, written in finished.items() if _has_size(files / name, written.nbytes)}
+            for path in files.rglob("*"):
+                if path.is_file() and str(path.relative_to(files)) not in finished:
+                    path.unlink()
+            say(f"{partial}: resumed; {len(finished)} files are finished")
+            return Partial(files, journal, finished)
+    say(f"{partial}: not of this source with these options and versions; thrown away")
+    shutil.rmtree(partial)
+    return None
+
+
+def _begun(partial: Path, identity: dict[str, Any], stack: ExitStack) -> Partial:
+    (partial / _FILES).mkdir(parents=True)
+    journal = stack.enter_context((partial / _JOURNAL).open("x+b"))
+    _lock(journal, partial)
+    _append(journal, identity)
+    return Partial(partial / _FILES, journal, {})
+
+
+def _lock(journal: BinaryIO, target: Path) -> None:
+    """Until this process and its workers have ended. Raises OpdError where another has it."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OpdError(f"{target}: another conversion is writing it; wait for its end, or give another target") from error
+
+
+def _read_journal(journal: BinaryIO) -> list[dict[str, Any]]:
+    """Its whole lines, and no more is left in it: the last may have been cut off by the kill."""
+    entries, valid = [], 0
+    for line in journal:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+        valid += len(line)
+    journal.seek(valid)
+    journal.truncate()
+    return entries
+
+
+def _append(journal: BinaryIO, entry: dict[str, Any]) -> None:
+    journal.write(json.dumps(entry).encode() + b"\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _has_size(file: Path, nbytes: int) -> bool:
+    return file.is_file() and file.stat().st_size == nbytes
+
+
+def _check_disk(target: Path, needed: int) -> None:
     parent = target.resolve().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OpdError(f"{target}: needs {needed / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free; make room")
-    partial = target.resolve().with_name(f".{target.resolve().name}.partial")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        _write_manifest(partial)
-        partial.rename(target.resolve())
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OpdError(f"{target}: cannot be written ({root_cause(cause)}); nothing is left of it") from error
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def identity_of(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the last change (ns) of each file: whether they are still those that were read."""
+    files = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}
 
 
 def copy_all_but_weights(source: Path, target: Path) -> None:
@@ -57,24 +266,22 @@ def copy_all_but_weights(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def damage(folder: Path) -> list[str]:
-    """What differs from the manifest of ``folder``; nothing where it has none. Reads every file. Raises OpdError."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return []
+def manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and digest by file; nothing where ``folder`` has none. Raises OpdError."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return {}
     try:
-        listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        wanted = {name: (entry["bytes"], entry["blake2b"]) for name, entry in listed.items()}
+        listed = json.loads(file.read_text(encoding="utf-8"))["files"]
+        return {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OpdError(f"{manifest}: cannot be read ({root_cause(error)}); delete it to compare without it") from error
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    found = list_files([folder / name for name in wanted if name not in missing], folder, to_disk=False)
-    return [f"{folder / name}: missing" for name in missing] + [
-        f"{folder / name}: has changed since it was written" for name, entry in found.items() if entry != wanted[name]
-    ]
+        raise OpdError(f"{file}: cannot be read ({root_cause(error)}); delete it to compare without it") from error
 
 
-def _write_manifest(folder: Path) -> None:
-    files = list_files(sorted(path for path in folder.rglob("*") if path.is_file()), folder, to_disk=True)
-    listed = {name: {"bytes": size, "blake2b": digest} for name, (size, digest) in files.items()}
-    (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=2) + "\n", encoding="utf-8")
+def damage(folder: Path, name: str, expected: tuple[int, str]) -> list[str]:
+    """How one file differs from the manifest of ``folder``, if it does: a line. Reads it."""
+    file = folder / name
+    if not file.is_file():
+        return [f"{file}: missing"]
+    found = list_files([file], folder, to_disk=False)[name]
+    return [] if found == expected else [f"{file}: has changed since it was written"]

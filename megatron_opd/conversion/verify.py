@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.conversion.convert import HF_FILES, StartReport
-from megatron_opd.conversion.target import damage
+from megatron_opd.conversion.convert import HF_FILES
+from megatron_opd.conversion.target import damage, manifest
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, same
+from megatron_opd.conversion.workers import Report, StartReport, Task, share
 from megatron_opd.hf_folder import HFFolder
-from megatron_opd.mcore.hf_mapping import entries
+from megatron_opd.mcore.hf_mapping import Entry, entries
 from megatron_opd.mcore.model import model_spec
+from megatron_opd.mcore.torch_dist import consecutive
 from megatron_opd.types import OpdError
 
+_SHARED = 1 << 26  # bytes of tensors that one process compares before it is given more
 
-def differences(one: Path, other: Path, config: Path | None, start: StartReport) -> Iterator[str]:
+
+def differences(one: Path, other: Path, config: Path | None, processes: int, start: StartReport) -> list[str]:
     """One line for each: files against their manifest, config.json by key, tensors by dtype, shape and bits.
 
     Args:
@@ -24,42 +29,72 @@ def differences(one: Path, other: Path, config: Path | None, start: StartReport)
 
     Raises OpdError where a folder is no model.
     """
-    yield from damage(one)
-    yield from damage(other)
-    configs = [_config(path) for path in (one, other)]
-    fallback = config or next((path for path in configs if path is not None), None)
-    if fallback is None:
-        raise OpdError(f"{one}: no config.json here or in {other}; name the Hugging Face folder of this model with --hf")
-    if configs[0] is not None and configs[1] is not None:
-        yield from _config_differences(configs[0], configs[1])
-    left, right = (_open(path, own or fallback) for path, own in zip((one, other), configs, strict=True))
-    for name in sorted(left.tensors.keys() ^ right.tensors.keys()):
-        yield f"{name}: only in {one if name in left.tensors else other}"
-    report = start(sum(info.nbytes for info in left.tensors.values()))
-    common = {entry.megatron: entry for entry in entries(right.spec.architecture, right.spec.dims)}
-    for entry in entries(left.spec.architecture, left.spec.dims):
-        if entry.megatron not in common or entry.hf != common[entry.megatron].hf:
-            continue
-        for name, here, there in zip(entry.hf, left.read(entry), right.read(entry), strict=True):
-            report(here.nbytes)
-            if here.dtype != there.dtype or here.shape != there.shape:
-                yield f"{name}: {here.dtype} {list(here.shape)} against {there.dtype} {list(there.shape)}"
-            elif not same(here, there):
-                yield f"{name}: values differ"
+    mine, theirs = config_for(one, other, config)
+    files = [(folder, name, expected) for folder in (one, other) for name, expected in manifest(folder).items()]
+    left, right = _open(one, mine), _open(other, theirs)
+    there = {entry.megatron: entry.hf for entry in entries(right.spec.architecture, right.spec.dims)}
+    common = [e for e in entries(left.spec.architecture, left.spec.dims) if there.get(e.megatron) == e.hf]
+    sizes = [sum(left.tensors[name].nbytes for name in entry.hf) for entry in common]
+    tasks: list[Task[list[str]]] = [_file_check(*file) for file in files]
+    tasks += [_tensor_check(left, right, [common[n] for n in part]) for part in consecutive(sizes, _SHARED)]
+    report = start(sum(size for *_, (size, _) in files) + sum(sizes))
+    with closing(share(tasks, processes, report)) as done:
+        found = dict(done)
+    lines = _config_differences(mine, theirs) if mine != theirs else ()
+    lonely = sorted(left.tensors.keys() ^ right.tensors.keys())
+    return [
+        *(line for number in range(len(files)) for line in found[number]),
+        *lines,
+        *(f"{name}: only in {one if name in left.tensors else other}" for name in lonely),
+        *(line for number in range(len(files), len(tasks)) for line in found[number]),
+    ]
 
 
-def _is_hf(path: Path) -> bool:
+def _file_check(folder: Path, name: str, expected: tuple[int, str]) -> Task[list[str]]:
+    def check(report: Report) -> list[str]:
+        lines = damage(folder, name, expected)
+        report(expected[0])
+        return lines
+
+    return check
+
+
+def _tensor_check(left: Weights, right: Weights, table: Sequence[Entry]) -> Task[list[str]]:
+    def check(report: Report) -> list[str]:
+        lines = []
+        for entry in table:
+            for name, here, there in zip(entry.hf, left.read(entry), right.read(entry), strict=True):
+                report(here.nbytes)
+                if here.dtype != there.dtype or here.shape != there.shape:
+                    lines.append(f"{name}: {here.dtype} {list(here.shape)} against {there.dtype} {list(there.shape)}")
+                elif not same(here, there):
+                    lines.append(f"{name}: values differ")
+        return lines
+
+    return check
+
+
+def is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _config(path: Path) -> Path | None:
+def config_for(one: Path, other: Path, config: Path | None) -> tuple[Path, Path]:
+    """The folder of the config.json that each of the two goes by: its own, ``config`` or the other's. Raises OpdError."""
+    mine, theirs = _config_of(one), _config_of(other)
+    fallback = config or mine or theirs
+    if fallback is None:
+        raise OpdError(f"{one}: no config.json here or in {other}; name the Hugging Face folder of this model with --hf")
+    return mine or fallback, theirs or fallback
+
+
+def _config_of(path: Path) -> Path | None:
     """The folder of its config.json, if it brings one."""
-    return next((folder for folder in (path, path / HF_FILES) if _is_hf(folder)), None)
+    return next((folder for folder in (path, path / HF_FILES) if is_hf(folder)), None)
 
 
 def _open(path: Path, config: Path) -> Weights:
     spec = model_spec(HFFolder(config), ParallelConfig(), "source")
-    return HFWeights(HFFolder(path), spec) if _is_hf(path) else MegatronWeights(path, spec)
+    return HFWeights(HFFolder(path), spec) if is_hf(path) else MegatronWeights(path, spec)
 
 
 def _config_differences(one: Path, other: Path) -> Iterator[str]:

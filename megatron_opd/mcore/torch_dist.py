@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import pickle
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     DefaultLoadPlanner,
-    DefaultSavePlanner,
     FileSystemReader,
-    FileSystemWriter,
     LoadPlan,
     Metadata,
     ReadItem,
@@ -29,6 +24,7 @@ from torch.distributed.checkpoint import (
     WriteItem,
 )
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -39,29 +35,57 @@ from megatron_opd.mcore.weight_places import Blueprint, Place
 from megatron_opd.types import OpdError
 
 
-class WeightWriter:
-    """Writes files of at most ``shard_bytes`` (more where one block is larger); torch keeps no more than one in memory."""
+class WeightFiles:
+    """The files of a new checkpoint: planned first, written one by one in any order and process, and their index last."""
 
-    def __init__(self, folder: Path, blueprint: Blueprint, shard_bytes: int) -> None:
-        self._folder, self._blueprint, self._shard_bytes = folder, blueprint, shard_bytes
+    def __init__(self, blueprint: Blueprint, dtypes: dict[str, torch.dtype], shard_bytes: int) -> None:
+        """Args:
+        dtypes: of each parameter, which are written in this order.
+        shard_bytes: of the largest file; more where one parameter is larger.
+        """
+        self._blueprint, self._dtypes = blueprint, dtypes
+        names = list(dtypes)
+        sizes = [sum(place.numel for place in blueprint.places[name]) * dtypes[name].itemsize for name in names]
+        self._parameters = [[names[number] for number in part] for part in consecutive(sizes, shard_bytes)]
+        self.names = [f"__{number}_0.distcp" for number in range(len(self._parameters))]  # as torch names a rank's
 
-    def write(self, names: Iterable[str], dtype: Callable[[str], torch.dtype], full: Callable[[str], Tensor]) -> None:
-        """The parameters ``names`` of the blueprint, in this order, into the folder, which this makes.
+    def parameters(self, number: int) -> list[str]:
+        """Of one file, in its order."""
+        return self._parameters[number]
+
+    def write(self, number: int, stream: BinaryIO, full: Callable[[str], Tensor]) -> list[int]:
+        """Write one file from front to back; returns where each of its blocks ends, for :meth:`finish`.
 
         Args:
-            dtype: of a parameter, without reading it.
-            full: a whole parameter, asked for once.
+            full: gives a whole parameter; asked for one after the other.
         """
-        self._folder.mkdir()
-        planner = _OneByOne(self._blueprint, full)
-        plans = [SavePlan(items) for items in self._files(names, dtype)]
-        writer = FileSystemWriter(self._folder)
-        writer.set_up_storage_writer(is_coordinator=True)
-        # Each file is planned like the one file of a rank, so that torch lets go of its tensors at its end.
-        plans, metadata = create_default_global_save_plan(writer.prepare_global_plan(plans))
-        writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
+        ends = []
+        for key in self._objects(number):
+            torch.save([self._blueprint.objects[key]], stream)  # a list, as Megatron has it
+            ends.append(stream.tell())
+        for name in self._parameters[number]:
+            start, tensor = 0, full(name)
+            for place in self._blueprint.places[name]:
+                rows = tensor.narrow(0, start, place.rows).reshape(place.shape)
+                # torch saves the whole of a storage, and no more than the rows are wanted.
+                torch.save(rows if place.rows == tensor.shape[0] else rows.clone(), stream)
+                ends.append(stream.tell())
+                start += place.rows
+            del tensor  # before the next is made
+        return ends
+
+    def finish(self, folder: Path, ends: Sequence[Sequence[int]]) -> None:
+        """Write into ``folder``, where the files lie, what makes them a checkpoint. ``ends``: of each file's blocks."""
+        plans, metadata = create_default_global_save_plan([SavePlan(list(self._items(n))) for n in range(len(self.names))])
+        metadata.storage_data = {
+            item.index: _StorageInfo(name, start, end - start)
+            for name, plan, own in zip(self.names, plans, ends, strict=True)
+            for item, start, end in zip(plan.items, [0, *own[:-1]], own, strict=True)
+        }
+        with (folder / ".metadata").open("wb") as file:
+            pickle.dump(metadata, file)
         # As megatron-core 0.16 has it, which newer versions read too.
-        (self._folder / "metadata.json").write_text(
+        (folder / "metadata.json").write_text(
             json.dumps(
                 {
                     "sharded_backend": "torch_dist",
@@ -72,26 +96,30 @@ class WeightWriter:
             ),
             encoding="utf-8",
         )
-        self._write_common(self._blueprint.arguments)
+        common = {"args": self._blueprint.arguments, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}
+        torch.save(common, folder / "common.pt")
 
-    def _write_common(self, arguments: Namespace) -> None:
-        with (self._folder / "common.pt").open("wb") as file:
-            torch.save({"args": arguments, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}, file)
-            file.flush()
-            os.fsync(file.fileno())
+    def _objects(self, number: int) -> list[str]:
+        return list(self._blueprint.objects) if number == 0 else []
 
-    def _files(self, names: Iterable[str], dtype: Callable[[str], torch.dtype]) -> Iterator[list[WriteItem]]:
-        items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._blueprint.objects]
-        size = 0
-        for name in names:
+    def _items(self, number: int) -> Iterator[WriteItem]:
+        for key in self._objects(number):
+            yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO)
+        for name in self._parameters[number]:
             for place in self._blueprint.places[name]:
-                nbytes = place.numel * dtype(name).itemsize
-                if size and size + nbytes > self._shard_bytes:
-                    yield items
-                    items, size = [], 0
-                items.append(_write_item(place, dtype(name)))
-                size += nbytes
-        yield items
+                yield _write_item(place, self._dtypes[name])
+
+
+def consecutive(sizes: Iterable[int], limit: int) -> list[range]:
+    """Numbers of consecutive items whose ``sizes`` together are at most ``limit``; more where one alone is larger."""
+    parts, start, total, end = [], 0, 0, 0
+    for size in sizes:
+        if end > start and total + size > limit:
+            parts.append(range(start, end))
+            start, total = end, 0
+        total += size
+        end += 1
+    return [*parts, range(start, end)]
 
 
 def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
@@ -104,32 +132,6 @@ def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
             size=torch.Size(place.global_shape),
         ),
     )
-
-
-class _OneByOne(DefaultSavePlanner):
-    """Makes a parameter when its first block is to be written, and forgets it with the next."""
-
-    def __init__(self, blueprint: Blueprint, full: Callable[[str], Tensor]) -> None:
-        super().__init__()
-        self._objects, self._full = blueprint.objects, full
-        self._blocks: dict[tuple[str, tuple[int, ...]], tuple[str, int, Place]] = {}
-        for name, blocks in blueprint.places.items():
-            start = 0
-            for place in blocks:
-                self._blocks[place.key, place.offset] = (name, start, place)
-                start += place.rows
-        self._name, self._tensor = "", torch.empty(0)
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            torch.save([self._objects[write_item.index.fqn]], stream)  # a list, as Megatron has it
-            return stream
-        name, start, place = self._blocks[write_item.index.fqn, tuple(write_item.index.offset or ())]
-        if name != self._name:
-            self._tensor = torch.empty(0)  # freed before the next is made
-            self._name, self._tensor = name, self._full(name)
-        return self._tensor.narrow(0, start, place.rows).reshape(place.shape)
 
 
 class WeightReader:

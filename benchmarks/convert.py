@@ -1,0 +1,134 @@
+"""Conversions of tools/convert.py against a bare copy that reads, digests, writes and syncs every byte, in one run.
+
+    python -m benchmarks.convert [--processes 2 --layers 8 --shard-mb 128 --folder DIR]
+
+The copy has as many processes, which take one file after the other, and the converter's own digest (BLAKE2b). Copy and
+conversions alternate within each repeat; the median of the ratios of their rates is printed. The source is in the system's
+cache for both. What a conversion does once, whatever the model's size (the model's plan), counts as its time, and is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.conversion.convert import Work, to_hf, to_megatron
+from megatron_opd.conversion.workers import Report, default_processes, share
+
+BLOCK = 1 << 22  # bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=default_processes())
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: dense")
+    parser.add_argument("--shard-mb", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured")
+    options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make_model(folder / "model", options)
+        _measure(folder, options.processes, options.shard_mb * 10**6, options.repeats)
+
+
+def make_model(folder: Path, options: argparse.Namespace) -> None:
+    """Random, in bfloat16."""
+    sizes = {
+        "vocab_size": options.vocab,
+        "hidden_size": options.hidden,
+        "intermediate_size": 3 * options.hidden,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": options.hidden // 16,
+        "dtype": "bfloat16",
+    }
+    torch.set_default_dtype(torch.bfloat16)
+    if options.experts:
+        narrow = {"num_experts": options.experts, "moe_intermediate_size": options.hidden // 2}
+        model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **narrow))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    model.save_pretrained(folder, max_shard_size=f"{options.shard_mb}MB")
+    torch.set_default_dtype(torch.float32)
+
+
+def _measure(folder: Path, processes: int, shard_bytes: int, repeats: int) -> None:
+    model, megatron, back = folder / "model", folder / "megatron", folder / "back"
+    nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    started: list[float] = []  # when a conversion begins to read
+
+    def start(_: int) -> Report:
+        started.append(time.perf_counter())
+        return lambda _: None
+
+    work = Work(shard_bytes, processes, start, lambda _: None)
+    seconds: dict[str, list[float]] = {"copy": [], "to-megatron": [], "to-hf": []}
+    plans = []
+    for _ in range(repeats):
+        for name, action in (
+            ("copy", lambda: _copy(model, folder / "copy", processes)),
+            ("to-megatron", lambda: to_megatron(model, megatron, ParallelConfig(), None, work)),
+            ("to-hf", lambda: to_hf(megatron, back, None, None, work)),
+        ):
+            begin = time.perf_counter()
+            seconds[name].append(_seconds(action))
+            if name == "to-megatron":
+                plans.append(started[-1] - begin)
+        for name in ("copy", "megatron", "back"):
+            shutil.rmtree(folder / name)
+    rates = {name: nbytes / 1e6 / statistics.median(each) for name, each in seconds.items()}
+    files = len(list(model.glob("*.safetensors")))
+    print(f"{nbytes / 1e9:.2f} GB in {files} files, {processes} processes: copy {rates['copy']:.0f} MB/s")
+    for name in ("to-megatron", "to-hf"):
+        ratio = statistics.median(floor / own for floor, own in zip(seconds["copy"], seconds[name], strict=True))
+        print(f"  {name}: {rates[name]:.0f} MB/s, {ratio:.2f} of the copy")
+    print(f"  of to-megatron's time, {statistics.median(plans):.2f} s until it reads")
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    os.sync()  # what others have written is no part of it
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _copy(source: Path, target: Path, processes: int) -> None:
+    target.mkdir()
+    files = [file for file in source.iterdir() if file.is_file()]
+    tasks = [partial(_copy_file, file, target / file.name) for file in sorted(files, key=lambda file: -file.stat().st_size)]
+    for _ in share(tasks, processes, lambda _: None):
+        pass
+
+
+def _copy_file(source: Path, target: Path, report: Report) -> str:
+    digest, block = hashlib.blake2b(digest_size=16), memoryview(bytearray(BLOCK))
+    with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
+        while count := reading.readinto(block):
+            digest.update(block[:count])
+            writing.write(block[:count])
+        os.fsync(writing.fileno())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
