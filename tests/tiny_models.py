@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral", "gemma3"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")  # ids 0 to 4; the words follow
 EOS_ID = SPECIAL_TOKENS.index("<eos>")
@@ -35,6 +36,7 @@ _CONFIGS = {
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
+    "gemma3": Gemma3TextConfig,
 }
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

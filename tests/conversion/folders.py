@@ -21,6 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"arch": "qwen3"},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "gemma3, tied": {"arch": "gemma3", "tied": True, "sliding_window": 5, "sliding_window_pattern": 2},
 }
 
 

@@ -28,6 +28,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# Both kinds of layers, each with RoPE of its own; a window that is shorter than the sequences.
+GEMMA3: dict[str, Any] = {
+    "arch": "gemma3",
+    "layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 24,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+    },
+}
 # 101 rows are not divisible by 2, and head_dim 16 x 4 heads is not the hidden size 32.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
@@ -42,6 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, window": {"arch": "qwen3", "layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "gemma3": GEMMA3,
+    "gemma3, tied": {**GEMMA3, "tied": True, "rope_parameters": None},
 }
 EXPERTS = ("mixtral", "qwen3 moe")
 LAYOUTS = {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
 from megatron_opd.mcore.sharding import Entry, Layers, Sharding, Vocabulary
@@ -24,6 +25,8 @@ class Family:
         fields: of TransformerConfig, beyond those that follow from every config.json in the same way.
         refusals: what a config.json asks for and this cannot compute exactly, in words that follow "config.json".
         rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone.
+        change_layer: gives a layer of either spec, in place, the parts that Megatron's has not; with the spec's class of norms.
+        embedding_scale: of the embeddings on their way into the first layer.
     """
 
     table: tuple[Entry, ...]
@@ -31,6 +34,8 @@ class Family:
     refusals: Callable[[PretrainedConfig], list[str]] = lambda hf: []
     experts: Callable[[PretrainedConfig], int] = lambda hf: 0
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
+    change_layer: Callable[[ModuleSpec, type], None] = lambda layer, norm: None
+    embedding_scale: Callable[[PretrainedConfig], float] = lambda hf: 1.0
 
 
 def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:
