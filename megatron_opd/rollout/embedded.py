@@ -171,7 +171,9 @@ def _without_weights(folder: str, dtype: torch.dtype) -> PreTrainedModel:
 def _checked(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     window = model.config.to_dict().get("sliding_window")
     if window is not None:  # the step's mask would silently replace the window's
-        raise OpdError(f"{folder}: sliding_window: {window} in config.json is not supported; use a model with full attention")
+        raise OpdError(
+            f"{folder}: sliding_window: {window} in config.json is not supported by the embedded engine; use backend: sglang"
+        )
     return model
 
 

@@ -115,7 +115,9 @@ def exported(folder: str, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in Export(chunks, spec.architecture, spec.dims, layout).whole()}
 
 
-@pytest.mark.parametrize(("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", *EXPERTS))
+@pytest.mark.parametrize(
+    ("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", "gemma3, tied", *EXPERTS)
+)
 def test_export_returns_every_tensor_bit_for_bit_on_every_rank(
     pool: WorkerPool, tmp_path: Path, model: str, layout: str
 ) -> None:
