@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral", "phi3"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral", "phi3", "gemma3"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")  # ids 0 to 4; the words follow
 EOS_ID = SPECIAL_TOKENS.index("<eos>")
@@ -37,6 +38,7 @@ _CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
     "phi3": Phi3Config,
+    "gemma3": Gemma3TextConfig,
 }
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

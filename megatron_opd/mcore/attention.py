@@ -130,8 +130,17 @@ class PortableNorm:
     """RMSNorm or LayerNorm whose gradients Megatron sums over the tensor-parallel group under sequence parallelism."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
-        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        rms_class = _ZeroCentredRMSNorm if config.layernorm_zero_centered_gamma else torch.nn.RMSNorm
+        norm_class = rms_class if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = norm_class(normalized_shape=hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+class _ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """Scales by 1 + weight, all in fp32 whatever the input's dtype, as Transformer Engine does."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        return F.rms_norm(rows.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(rows.dtype)

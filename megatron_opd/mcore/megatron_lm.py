@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import LATEST, root_cause
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
+from megatron_opd.mcore.layer_rotary import rope_parameters
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.types import OpdError
@@ -39,7 +40,7 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
 
     ``no_save_rng``: the random states are ours, saved for each data-parallel rank.
     """
-    rope = spec.hf.rope_parameters
+    rope = next(iter(rope_parameters(spec.hf).values()))  # of full attention, where the kinds of layers differ
     return Namespace(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -62,10 +63,10 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
         squared_relu=False,
-        swiglu=True,
+        swiglu=config.activation_func is torch.nn.functional.silu,
         normalization=config.normalization,
         norm_epsilon=config.layernorm_epsilon,
-        apply_layernorm_1p=False,
+        apply_layernorm_1p=config.layernorm_zero_centered_gamma,
         apply_query_key_layer_scaling=False,
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,

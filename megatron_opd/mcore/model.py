@@ -23,8 +23,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
+from megatron_opd.mcore.activations import as_fused
 from megatron_opd.mcore.families import family_of
 from megatron_opd.mcore.hf_mapping import load_weights
+from megatron_opd.mcore.layer_rotary import LayerRotary, rope_parameters
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.sharding import Dimensions
@@ -41,6 +43,14 @@ RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modul
 
 class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns final-norm hidden states [T, H], sequence-parallel shards gathered."""
+
+    embedding_scale = 1.0
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        embeddings, *others = super()._preprocess(*args, **kwargs)
+        if self.pre_process and self.embedding_scale != 1.0:
+            embeddings = embeddings * self.embedding_scale  # [T, 1, H], or [T/tp, 1, H] under sequence parallelism
+        return (embeddings, *others)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         if not self.post_process:
@@ -117,11 +127,11 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
         raise OpdError(f"{key}: experts with tp={parallel.tp} and ep=1 get wrong gradients in Megatron; set ep={parallel.tp}")
     if not experts and parallel.ep > 1:
         raise OpdError(f"{axes}.ep: {parallel.ep}, but {key} has no experts; set ep=1")
-    rope_type = hf.rope_parameters["rope_type"]
-    if rope_type not in family.rope_kinds:
-        reason = f" ({_ROPE_REASONS[rope_type]})" if rope_type in _ROPE_REASONS else ""
-        supported = ", ".join(family.rope_kinds)
-        raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported{reason}; supported are {supported}")
+    for rope_type in (rope["rope_type"] for rope in rope_parameters(hf).values()):
+        if rope_type not in family.rope_kinds:
+            reason = f" ({_ROPE_REASONS[rope_type]})" if rope_type in _ROPE_REASONS else ""
+            supported = ", ".join(family.rope_kinds)
+            raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported{reason}; supported are {supported}")
     if rotary_fraction(hf) != 1.0 and not family.partial_rotary:
         raise OpdError(f"{key}: partial_rotary_factor={rotary_fraction(hf)} is not supported for {folder.architecture}")
     for name, value, axis, size in (
@@ -201,7 +211,7 @@ def transformer_config(
             "Transformer Engine; take core_attn, mlp or moe"
         )
     try:
-        return TransformerConfig(**{**derived, **defaults, **native})
+        return TransformerConfig(**as_fused({**derived, **defaults, **native}))
     except (TypeError, ValueError, AssertionError) as error:
         raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
 
@@ -229,9 +239,12 @@ def _build_chunk(
 ) -> HiddenStateModel:
     vp_stage = number if layout.vpp_size > 1 else None
     is_last = layout.is_last_stage and number == layout.vpp_size - 1
+    family, block = family_of(spec.architecture), platform.block_spec(config, vp_stage, layout.pp_rank)
+    for layer in {id(each): each for each in block.layer_specs or []}.values():  # equal layers are one object
+        family.change_layer(layer, block.layer_norm)
     chunk = HiddenStateModel(
         config=config,
-        transformer_layer_spec=platform.block_spec(config, vp_stage, layout.pp_rank),
+        transformer_layer_spec=block,
         vocab_size=spec.dims.padded_vocab_size,
         max_sequence_length=spec.max_positions,
         pre_process=layout.is_first_stage and number == 0,
@@ -239,13 +252,18 @@ def _build_chunk(
         share_embeddings_and_output_weights=spec.dims.tied and with_head,
         position_embedding_type="rope",
         rotary_percent=rotary_fraction(spec.hf),
-        rotary_base=spec.hf.rope_parameters["rope_theta"],
         pg_collection=layout.groups,
         vp_stage=vp_stage,
     )
-    inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
-    assert attention_factor == 1.0  # holds for every kind that the families have
-    chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
+    # transformers rounds the scale to the embeddings' dtype before it multiplies.
+    chunk.embedding_scale = torch.tensor(family.embedding_scale(spec.hf)).to(config.params_dtype).item()
+    frequencies = [rope_inverse_frequencies(spec.hf, kind) for kind in rope_parameters(spec.hf)]
+    assert all(attention_factor == 1.0 for _, attention_factor in frequencies)  # of every kind that the families have
+    inverse_frequencies = torch.stack([each for each, _ in frequencies]).to(platform.device)  # [kinds of layers, head_dim / 2]
+    if len(frequencies) > 1:
+        chunk.rotary_pos_emb = LayerRotary(config, inverse_frequencies, layout.groups.cp)
+    else:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies[0]
     if not with_head and is_last:
         chunk.output_layer = None
     in_place = all(parameter.device == platform.device for parameter in chunk.parameters())
@@ -253,19 +271,20 @@ def _build_chunk(
 
 
 def rotary_fraction(hf: PretrainedConfig) -> float:
-    """Of each head's dimensions, the first, which positions turn."""
-    return float(hf.rope_parameters.get("partial_rotary_factor", 1.0))
+    """Of each head's dimensions, the first, which positions turn. Every kind of layer has the same."""
+    return float(next(iter(rope_parameters(hf).values())).get("partial_rotary_factor", 1.0))
 
 
-def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
-    """[rotary dimensions / 2] fp32, as transformers computes them, so that every supported scaling equals its original."""
-    rope_type = hf.rope_parameters["rope_type"]
+def rope_inverse_frequencies(hf: PretrainedConfig, kind: str | None = None) -> tuple[Tensor, float]:
+    """[rotary dimensions / 2] fp32 of one kind of layers, as transformers computes them: every scaling equals its original."""
+    parameters = rope_parameters(hf)[kind]
+    rope_type = parameters["rope_type"]
     if rope_type == "default":
         head_dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
         dim = int(head_dim * rotary_fraction(hf))
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        return 1.0 / (hf.rope_parameters["rope_theta"] ** exponents), 1.0
-    inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"), layer_type=kind)
     return inverse_frequencies, attention_factor
 
 

@@ -79,6 +79,7 @@ CASES = {
         {"dp": 2}, model="untied", dtype="bfloat16", optimizer={"overlap_grad_reduce": True, "bucket_size": 5000}
     ),
     "ep2 bf16": Case({"ep": 2, "dp": 2}, model="experts", dtype="bfloat16", teacher={}),
+    "tp2 sp gemma3 bf16": Case({"tp": 2, **SP}, model="gemma3", dtype="bfloat16"),
     "tp2 sp x ep2 fp32": Case({"tp": 2, "ep": 2, "dp": 2, **SP}, model="experts", teacher={}),
 }
 SLOW = (
@@ -87,6 +88,7 @@ SLOW = (
     "dp2 fp32",
     "dp2 without distributed optimizer",
     "tp2 sp x ep2 fp32",
+    "tp2 sp gemma3 bf16",
     "dp2 in buckets",
 )
 
@@ -98,6 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "tied": ("qwen3", {"tied": True, "layers": 4, "hidden": 64}),
         "untied": ("qwen2", {"layers": 6, "hidden": 64}),
         "experts": ("qwen3_moe", {"layers": 4, "hidden": 64}),
+        "gemma3": ("gemma3", {"tied": True, "layers": 4, "hidden": 64, "sliding_window": 24, "sliding_window_pattern": 2}),
         "teacher": ("llama", {"layers": 4}),
     }
     for name, (arch, sizes) in kinds.items():

@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"arch": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 6},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "gemma3, tied": {"arch": "gemma3", "tied": True, "sliding_window": 5, "sliding_window_pattern": 2},
 }
 
 

@@ -28,6 +28,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# Both kinds of layers, each with RoPE of its own; a window that is shorter than the sequences.
+GEMMA3: dict[str, Any] = {
+    "arch": "gemma3",
+    "layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 24,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+    },
+}
 # 101 rows are not divisible by 2, and head_dim 16 x 4 heads is not the hidden size 32.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
@@ -44,6 +56,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3, tied": {"arch": "phi3", "tied": True, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "gemma3": GEMMA3,
+    "gemma3, tied": {**GEMMA3, "tied": True, "rope_parameters": None},
 }
 EXPERTS = ("mixtral", "qwen3 moe")
 LAYOUTS = {
@@ -103,7 +117,9 @@ def exported(folder: str, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in Export(chunks, spec.architecture, spec.dims, layout).whole()}
 
 
-@pytest.mark.parametrize(("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", *EXPERTS))
+@pytest.mark.parametrize(
+    ("model", "layout"), cases("llama, tied", "qwen2 (qkv bias)", "qwen3 (qk norm)", "gemma3, tied", *EXPERTS)
+)
 def test_export_returns_every_tensor_bit_for_bit_on_every_rank(
     pool: WorkerPool, tmp_path: Path, model: str, layout: str
 ) -> None:

@@ -50,6 +50,7 @@ TRAINERS = {
     "cp2": ParallelConfig(cp=2),
     "tp2 pp2": ParallelConfig(tp=2, pp=2),
 }
+GEMMA3: dict[str, Any] = {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24}
 CARRIERS: dict[CarrierName, float] = {"collective": 1.02, "native": 2.0, "ipc": 1.02, "disk": 2.03}  # received / kept at tp2
 
 
@@ -107,7 +108,9 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
     make_model(folder / "experts", "qwen3_moe", layers=2, hidden=64, seed=4, max_positions=256)
     make_model(folder / "mixtral", "mixtral", layers=2, hidden=64, seed=5, max_positions=256)
     make_model(folder / "padded", "qwen2", layers=2, hidden=72, head_dim=18, seed=6, max_positions=256, tied=True)
-    running = {name: Server(spec(folder / name, folder / f"{name}.log", 2)) for name in ("experts", "mixtral", "padded")}
+    make_model(folder / "gemma3", "gemma3", layers=4, hidden=64, seed=7, max_positions=256, tied=True, **GEMMA3)
+    names = ("experts", "mixtral", "padded", "gemma3")
+    running = {name: Server(spec(folder / name, folder / f"{name}.log", 2)) for name in names}
     try:
         for server in running.values():
             server.wait_until_ready(START_UP_SECONDS)
@@ -125,8 +128,9 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
         ("mixtral", ParallelConfig(pp=2)),
         ("padded", ParallelConfig(tp=2)),
         ("padded", ParallelConfig(pp=2)),
+        ("gemma3", ParallelConfig(tp=2)),
     ],
-    ids=["experts ep2", "mixtral pp2", "padded tp2", "padded pp2"],
+    ids=["experts ep2", "mixtral pp2", "padded tp2", "padded pp2", "gemma3 tp2"],
 )
 def test_stacked_and_padded_parameters_go_in_parts_too(
     pool: WorkerPool,

@@ -130,6 +130,20 @@ def test_vocabulary_rows_and_norms(tp: int) -> None:
     assert torch.equal(torch.cat(parts), torch.nn.functional.pad(rows, (0, 0, 0, 3)))
 
 
+def test_all_norms_of_a_layer_and_an_embedding_that_is_whole_on_each_rank() -> None:
+    """As SGLang has Gemma-3: four norms around attention and MLP, norms of heads, one matrix for embedding and head."""
+    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    names = [f"model.layers.0.{norm}_layernorm.weight" for norm in norms]
+    tensors = {name: 100 * number + numbered(HIDDEN) for number, name in enumerate(names)}
+    tensors |= {f"{ATTENTION}.{name}.weight": 1000 * n + numbered(HEAD) for n, name in enumerate(("q_norm", "k_norm"))}
+    tensors["model.embed_tokens.weight"] = numbered(21, HIDDEN)
+    for rank in range(2):
+        own = {name: torch.full_like(each, torch.nan) for name, each in tensors.items()}
+        pieces = filled(tensors, own, rank, 2, dimensions())
+        assert all(piece.target == piece.tensor.name for piece in pieces)
+        assert all(torch.equal(own[name], tensors[name]) for name in tensors)
+
+
 def strange_shapes() -> Iterator[tuple[str, tuple[int, ...], dict[str, list[int]]]]:
     yield "a parameter that the engine lacks", (HIDDEN,), {}
     yield "fewer rows than the ranks need", (21, HIDDEN), {"model.embed_tokens.weight": [5, HIDDEN]}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
 from megatron_opd.mcore.sharding import Entry, Layers, Sharding, Vocabulary
@@ -25,6 +26,8 @@ class Family:
         refusals: what a config.json asks for and this cannot compute exactly, in words that follow "config.json".
         rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone.
         partial_rotary: whether ``partial_rotary_factor`` leaves the rest of each head without positions.
+        change_layer: gives a layer of either spec, in place, the parts that Megatron's has not; with the spec's class of norms.
+        embedding_scale: of the embeddings on their way into the first layer.
     """
 
     table: tuple[Entry, ...]
@@ -33,6 +36,8 @@ class Family:
     experts: Callable[[PretrainedConfig], int] = lambda hf: 0
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
     partial_rotary: bool = False
+    change_layer: Callable[[ModuleSpec, type], None] = lambda layer, norm: None
+    embedding_scale: Callable[[PretrainedConfig], float] = lambda hf: 1.0
 
 
 def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:
