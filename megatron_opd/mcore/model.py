@@ -158,6 +158,7 @@ def transformer_config(
         "activation_func": torch.nn.functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
+        "softmax_scale": _softmax_scale(spec),
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
@@ -233,8 +234,7 @@ def _build_chunk(
         pg_collection=layout.groups,
         vp_stage=vp_stage,
     )
-    inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
-    assert attention_factor == 1.0  # holds for every kind that the families have
+    inverse_frequencies, _ = rope_inverse_frequencies(spec.hf)
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
     if not with_head and is_last:
         chunk.output_layer = None
@@ -243,7 +243,7 @@ def _build_chunk(
 
 
 def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
-    """[head_dim / 2] fp32, as transformers computes them, so that every supported scaling equals its original."""
+    """[head_dim / 2] fp32, and a factor to cos and sin: as transformers computes them, so that scaling equals its original."""
     rope_type = hf.rope_parameters["rope_type"]
     if rope_type == "default":
         dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
@@ -251,6 +251,18 @@ def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
         return 1.0 / (hf.rope_parameters["rope_theta"] ** exponents), 1.0
     inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
     return inverse_frequencies, attention_factor
+
+
+def _softmax_scale(spec: ModelSpec) -> float | None:
+    """None: the usual one. YaRN's factor to cos and sin is in queries and keys, so attention scores have its square.
+
+    Transformer Engine's fused rotation of packed sequences takes no factor, and would leave it out without a word.
+    """
+    inverse_frequencies, factor = rope_inverse_frequencies(spec.hf)
+    if factor == 1.0:
+        return None
+    assert 2 * len(inverse_frequencies) == spec.dims.head_dim  # where a part of each head is not rotated, it has no factor
+    return factor**2 * spec.dims.head_dim**-0.5
 
 
 def load_pretrained(chunks: Sequence[HiddenStateModel], spec: ModelSpec, folder: HFFolder, layout: ParallelLayout) -> None:

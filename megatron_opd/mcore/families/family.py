@@ -23,14 +23,14 @@ class Family:
         table: where every tensor lives, by the names of Megatron's local layer spec.
         fields: of TransformerConfig, beyond those that follow from every config.json in the same way.
         refusals: what a config.json asks for and this cannot compute exactly, in words that follow "config.json".
-        rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone.
+        rope_kinds: of RoPE scaling that are a change of the inverse frequencies, and of cos and sin by one factor.
     """
 
     table: tuple[Entry, ...]
     fields: Callable[[PretrainedConfig], dict[str, Any]] = lambda hf: {}
     refusals: Callable[[PretrainedConfig], list[str]] = lambda hf: []
     experts: Callable[[PretrainedConfig], int] = lambda hf: 0
-    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
 
 def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:
