@@ -77,7 +77,7 @@ def to_hf(
         for entry in entries(weights.spec.architecture, weights.spec.dims):
             for name, part in zip(entry.hf, weights.read(entry), strict=True):
                 report(part.nbytes)
-                writer.write(name, part.to(infos[name].dtype))
+                writer.write(name, part.to(infos[name].dtype), entry.index)
         writer.finish()
         copy_all_but_weights(files.path, partial)
         if dtype is not None:

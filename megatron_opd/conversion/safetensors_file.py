@@ -52,13 +52,14 @@ class ShardedWriter:
         self._place: dict[str, int] = {}
         self._shard_of = {info.name: number for number, shard in enumerate(shards) for info in shard}
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, index: int | None = None) -> None:
+        """The whole tensor, or what has ``index`` in its first axis."""
         shard = self._shard_of[name]
         if shard != self._open:
             self._close()
             self._start(shard)
         assert self._file is not None
-        self._file.seek(self._place[name])
+        self._file.seek(self._place[name] + (index or 0) * tensor.nbytes)
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:

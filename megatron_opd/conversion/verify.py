@@ -40,7 +40,9 @@ def differences(one: Path, other: Path, config: Path | None, start: StartReport)
     for entry in entries(left.spec.architecture, left.spec.dims):
         if entry.megatron not in common or entry.hf != common[entry.megatron].hf:
             continue
-        for name, here, there in zip(entry.hf, left.read(entry), right.read(entry), strict=True):
+        place = "" if entry.index is None else f"[{entry.index}]"
+        for tensor, here, there in zip(entry.hf, left.read(entry), right.read(entry), strict=True):
+            name = tensor + place
             report(here.nbytes)
             if here.dtype != there.dtype or here.shape != there.shape:
                 yield f"{name}: {here.dtype} {list(here.shape)} against {there.dtype} {list(there.shape)}"

@@ -47,8 +47,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, window": {"arch": "qwen3", "layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "gpt-oss": {"arch": "gpt_oss"},
 }
-EXPERTS = ("mixtral", "qwen3 moe")
+EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss")
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
