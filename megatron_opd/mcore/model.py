@@ -158,7 +158,6 @@ def transformer_config(
         "activation_func": torch.nn.functional.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "softmax_scale": _softmax_scale(spec),
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
@@ -234,7 +233,8 @@ def _build_chunk(
         pg_collection=layout.groups,
         vp_stage=vp_stage,
     )
-    inverse_frequencies, _ = rope_inverse_frequencies(spec.hf)
+    inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
+    assert attention_factor == 1.0 or config.softmax_scale is not None  # which has it, of every kind that the families have
     chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
     _correct_attributes(chunk)
     if not with_head and is_last:
@@ -269,18 +269,6 @@ def rope_inverse_frequencies(hf: PretrainedConfig) -> tuple[Tensor, float]:
         return 1.0 / (hf.rope_parameters["rope_theta"] ** exponents), 1.0
     inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"))
     return inverse_frequencies, attention_factor
-
-
-def _softmax_scale(spec: ModelSpec) -> float | None:
-    """None: the usual one. YaRN's factor to cos and sin is in queries and keys, so attention scores have its square.
-
-    Transformer Engine's fused rotation of packed sequences takes no factor, and would leave it out without a word.
-    """
-    inverse_frequencies, factor = rope_inverse_frequencies(spec.hf)
-    if factor == 1.0:
-        return None
-    assert 2 * len(inverse_frequencies) == spec.dims.head_dim  # where a part of each head is not rotated, it has no factor
-    return factor**2 * spec.dims.head_dim**-0.5
 
 
 def load_pretrained(chunks: Sequence[HiddenStateModel], spec: ModelSpec, folder: HFFolder, layout: ParallelLayout) -> None:

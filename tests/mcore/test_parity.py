@@ -47,6 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, window": {"arch": "qwen3", "layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "mixtral, YaRN": {"arch": "mixtral", "rope_scaling": YARN},
+    "qwen3 moe, YaRN": {"arch": "qwen3_moe", "rope_scaling": YARN},
     "gpt-oss": {"arch": "gpt_oss"},
 }
 EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss")

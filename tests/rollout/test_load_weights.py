@@ -161,7 +161,7 @@ def test_sharded_folders_load(tmp_path: Path) -> None:
 
 def test_attention_sinks_are_refused(tmp_path: Path) -> None:
     make_model(tmp_path, "gpt_oss", layer_types=["full_attention"] * 2, sliding_window=None)
-    with pytest.raises(OpdError, match="attention sinks.*rollout.backend=sglang"):
+    with pytest.raises(OpdError, match=r"attention sinks.*rollout\.backend=sglang"):
         _engine(tmp_path, load=True)
 
 

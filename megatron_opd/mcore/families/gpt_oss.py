@@ -8,8 +8,8 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from transformers import PretrainedConfig
 
 from megatron_opd.mcore.families.experts import routing
-from megatron_opd.mcore.families.family import Family, layer, other_activation, window
-from megatron_opd.mcore.families.llama import ATTENTION, QKV_BIAS, decoder
+from megatron_opd.mcore.families.family import WITH_YARN, Family, layer, other_activation
+from megatron_opd.mcore.families.llama import ATTENTION, QKV_BIAS, decoder, windows_and_yarn
 from megatron_opd.mcore.sharding import AlternatingGatedMLP, Column, Sharding, Transposed
 
 _LIMIT = 7.0  # of the gate and up projections; transformers has it as a constant
@@ -37,7 +37,7 @@ def _fields(hf: PretrainedConfig) -> dict[str, Any]:
         "activation_func": quick_gelu,
         "glu_linear_offset": 1.0,
         "activation_func_clamp_value": _LIMIT,
-        **window(hf),
+        **windows_and_yarn(hf),
         **routing(hf),
     }
 
@@ -59,5 +59,9 @@ def _refusals(hf: PretrainedConfig) -> list[str]:
 
 
 GPT_OSS = Family(
-    decoder(ATTENTION, QKV_BIAS, SINKS_AND_BIAS, EXPERTS), _fields, _refusals, lambda hf: int(hf.num_local_experts)
+    decoder(ATTENTION, QKV_BIAS, SINKS_AND_BIAS, EXPERTS),
+    _fields,
+    _refusals,
+    lambda hf: int(hf.num_local_experts),
+    WITH_YARN,
 )
