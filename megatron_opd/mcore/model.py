@@ -248,7 +248,7 @@ def _correct_attributes(chunk: HiddenStateModel) -> None:
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             # Each is whole on one rank. Megatron sums the gradients of their biases over the tensor-parallel group, whose ranks
-            # have other experts, and counts only the first rank's in the norm.
+            # have other experts, and (0.16) counts only the first rank's in the norm.
             parameter.sequence_parallel = False
             parameter.tensor_model_parallel = True
         elif name.endswith(".softmax_offset"):  # split over heads; fp32 in Transformer Engine

@@ -18,6 +18,7 @@ from megatron_opd.mcore.attention import PortableCoreAttention
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.types import OpdError
 from tests.conversion.folders import edit_config
+from tests.mcore.training import Case, build_trainer
 from tests.mcore.worlds import open_layout
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
@@ -86,3 +87,23 @@ def sink_gradients(window: int | None) -> list[tuple[torch.Tensor, torch.Tensor]
 def test_a_sink_is_one_more_logit_of_the_softmax(pool: WorkerPool, window: int | None) -> None:
     for ours, written_out in pool.run(1, sink_gradients, window)[0]:
         assert torch.allclose(ours, written_out, rtol=1e-12, atol=1e-13)
+
+
+def norm_of_ones(folder: str, parallel: ParallelConfig, name: str) -> float:
+    """The gradient's norm, over all ranks, where it is 1 for each element of parameters whose name ends so, and 0 elsewhere."""
+    layout, platform = open_layout(parallel)
+    trainer = build_trainer(folder, Case(parallel=parallel, distributed=False), layout, platform)
+    for chunk in trainer.chunks:
+        for own_name, parameter in chunk.named_parameters():
+            parameter.main_grad.fill_(float(own_name.endswith(name)))
+    trainer.optimizer.prepare_grads()
+    return float(trainer.optimizer.get_grad_norm())
+
+
+@pytest.mark.parametrize(("name", "count"), [("softmax_offset", 2 * 4), ("linear_fc2.bias", 2 * 4 * 32)])
+def test_every_ranks_sinks_and_biases_of_experts_are_in_the_gradients_norm(
+    pool: WorkerPool, tmp_path: Path, name: str, count: int
+) -> None:
+    make_model(tmp_path, "gpt_oss")
+    norms = pool.run(2, norm_of_ones, str(tmp_path), ParallelConfig(tp=2, ep=2, sequence_parallel=True), name)
+    assert norms == pytest.approx([count**0.5] * 2)
