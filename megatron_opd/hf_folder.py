@@ -114,8 +114,10 @@ class HFFolder:
                     f"config.json asks for {list(shape)}; use the config.json that belongs to these weights"
                 )
 
-    def tensor(self, name: str) -> Tensor:
-        return self._holder(name).tensor(name)
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """The whole of it, or what has ``index`` in its first axis, of which no more is read."""
+        shard = self._holder(name)
+        return shard.tensor(name) if index is None else shard.rows(name, index, index + 1)[0]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a matrix; rows beyond its end are zero. [stop - start, columns]"""
@@ -151,6 +153,8 @@ class HFFolder:
 # Gate, up and down projection of an expert, where they are not called that.
 _EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
 
+_STACKED_EXPERTS = {"gpt_oss"}  # in checkpoints too
+
 
 def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes that a checkpoint of ``config`` holds; a tied head is not stored."""
@@ -164,6 +168,8 @@ def expected_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict by a checkpoint's names, as views: transformers holds a layer's experts fused, a checkpoint one by one."""
+    if model.config.model_type in _STACKED_EXPERTS:
+        return dict(model.state_dict())
     gate, up, down = _EXPERT_NAMES.get(model.config.model_type, ("gate_proj", "up_proj", "down_proj"))
     moe = "block_sparse_moe" if model.config.model_type == "mixtral" else "mlp"
     named: dict[str, Tensor] = {}

@@ -276,8 +276,8 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         ["teacher.model", "MambaForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"],
     ),
     "unsupported RoPE scaling": (
-        edit_json("student/config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        ["student.model", "yarn", "llama3"],
+        edit_json("student/config.json", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+        ["student.model", "dynamic", "llama3"],
     ),
     "no such model": (put("student.model", "/nowhere/model"), ["/nowhere/model", "no such folder"]),
     "tokenizers disagree": (other_tokenizer, ["teacher", "token"]),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.safetensors_file import content, file_names, header, write_index
 from megatron_opd.conversion.target import OutputFile, copy_all_but_weights, identity_of, new_folder
-from megatron_opd.conversion.weights import HFWeights, MegatronWeights
+from megatron_opd.conversion.weights import HFWeights, MegatronWeights, entry_bytes
 from megatron_opd.conversion.workers import Report, StartReport
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
-from megatron_opd.mcore.hf_mapping import entries
+from megatron_opd.mcore.hf_mapping import by_tensors, entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.sharding import Entry
 from megatron_opd.mcore.torch_dist import WeightFiles, consecutive
@@ -62,7 +63,7 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
     dtypes = {name: dtype or _one_dtype(weights, entry) for name, entry in table.items()}
     plan = blueprint(spec, parallel, dtype or max(dtypes.values(), key=list(dtypes.values()).count), {})
     _check_keys(plan, dtypes, source)
-    sizes = {name: sum(weights.tensors[part].nbytes for part in entry.hf) for name, entry in table.items()}
+    sizes = {name: entry_bytes(weights, entry) for name, entry in table.items()}
     files = WeightFiles(plan, dtypes, work.shard_bytes)
 
     def output(number: int) -> OutputFile:
@@ -96,30 +97,31 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
     read = _Source([weights.path, files.path])
     infos = {name: info if dtype is None else replace(info, dtype=dtype) for name, info in weights.tensors.items()}
-    table = list(entries(weights.spec.architecture, weights.spec.dims))
-    parts = consecutive((sum(infos[name].nbytes for name in entry.hf) for entry in table), work.shard_bytes)
+    # One Hugging Face tensor, or the stack of a layer's experts, is written entry by entry.
+    groups = list(by_tensors(entries(weights.spec.architecture, weights.spec.dims)))
+    parts = consecutive((sum(infos[name].nbytes for name in group[0].hf) for group in groups), work.shard_bytes)
     # Readers need each tensor aligned to its elements: the wide ones go first.
-    shards = [sorted((table[n] for n in part), key=lambda entry: -infos[entry.hf[0]].dtype.itemsize) for part in parts]
-    names = file_names(len(shards))
+    shards = [sorted((groups[n] for n in part), key=lambda group: -infos[group[0].hf[0]].dtype.itemsize) for part in parts]
+    stored = {
+        name: [infos[each] for group in shard for each in group[0].hf]
+        for name, shard in zip(file_names(len(shards)), shards, strict=True)
+    }
 
-    def output(name: str, shard: Sequence[Entry]) -> OutputFile:
+    def output(name: str, shard: Sequence[Sequence[Entry]]) -> OutputFile:
         def write(stream: BinaryIO, report: Report) -> list[int]:
-            stream.write(header(infos[each] for entry in shard for each in entry.hf))
-            for entry in shard:
+            stream.write(header(stored[name]))
+            for entry in chain.from_iterable(shard):
                 for each, tensor in zip(entry.hf, weights.read(entry), strict=True):
                     report(tensor.nbytes)
                     stream.write(content(tensor.to(infos[each].dtype)))
             return []
 
-        return OutputFile(name, sum(weights.tensors[each].nbytes for entry in shard for each in entry.hf), write)
+        return OutputFile(name, sum(weights.tensors[info.name].nbytes for info in stored[name]), write)
 
     identity = _identity("to-hf", read, dtype, work)
     with new_folder(target, sum(info.nbytes for info in infos.values()), identity, work.say) as partial:
-        partial.write([output(*each) for each in zip(names, shards, strict=True)], work.processes, work.start)
-        write_index(
-            partial.folder,
-            {name: [infos[each] for entry in shard for each in entry.hf] for name, shard in zip(names, shards, strict=True)},
-        )
+        partial.write([output(*each) for each in zip(stored, shards, strict=True)], work.processes, work.start)
+        write_index(partial.folder, stored)
         copy_all_but_weights(files.path, partial.folder)
         if dtype is not None:
             _set_dtype(partial.folder / "config.json", dtype)

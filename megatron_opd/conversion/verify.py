@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import HF_FILES
 from megatron_opd.conversion.target import damage, manifest
-from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, same
+from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, entry_bytes, same
 from megatron_opd.conversion.workers import Report, StartReport, Task, share
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.hf_mapping import Entry, entries
@@ -34,7 +34,7 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
     left, right = _open(one, mine), _open(other, theirs)
     there = {entry.megatron: entry.hf for entry in entries(right.spec.architecture, right.spec.dims)}
     common = [e for e in entries(left.spec.architecture, left.spec.dims) if there.get(e.megatron) == e.hf]
-    sizes = [sum(left.tensors[name].nbytes for name in entry.hf) for entry in common]
+    sizes = [entry_bytes(left, entry) for entry in common]
     tasks: list[Task[list[str]]] = [_file_check(*file) for file in files]
     tasks += [_tensor_check(left, right, [common[n] for n in part]) for part in consecutive(sizes, _SHARED)]
     report = start(sum(size for *_, (size, _) in files) + sum(sizes))
@@ -63,7 +63,9 @@ def _tensor_check(left: Weights, right: Weights, table: Sequence[Entry]) -> Task
     def check(report: Report) -> list[str]:
         lines = []
         for entry in table:
-            for name, here, there in zip(entry.hf, left.read(entry), right.read(entry), strict=True):
+            place = "" if entry.index is None else f"[{entry.index}]"
+            for tensor, here, there in zip(entry.hf, left.read(entry), right.read(entry), strict=True):
+                name = tensor + place
                 report(here.nbytes)
                 if here.dtype != there.dtype or here.shape != there.shape:
                     lines.append(f"{name}: {here.dtype} {list(here.shape)} against {there.dtype} {list(there.shape)}")

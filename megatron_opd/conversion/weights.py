@@ -39,8 +39,14 @@ class Weights(Protocol):
         ...
 
     def read(self, entry: Entry) -> list[Tensor]:
-        """The tensors ``entry.hf``, unpadded, as they are stored. Raises OpdError."""
+        """The tensors ``entry.hf``, unpadded, as they are stored; of stacks the entry's expert. Raises OpdError."""
         ...
+
+
+def entry_bytes(weights: Weights, entry: Entry) -> int:
+    """Of what :meth:`Weights.read` gives."""
+    whole = sum(weights.tensors[name].nbytes for name in entry.hf)
+    return whole if entry.index is None else whole // weights.spec.dims.experts
 
 
 class HFWeights:
@@ -64,7 +70,7 @@ class HFWeights:
         }
 
     def read(self, entry: Entry) -> list[Tensor]:
-        return [self.folder.tensor(name) for name in entry.hf]
+        return [self.folder.tensor(name, entry.index) for name in entry.hf]
 
     def _check_repeated_head(self) -> None:
         """Some folders store the tied head a second time: it says nothing new, or config.json lies."""
@@ -109,7 +115,8 @@ class MegatronWeights:
         dtype = self._reader.tensors[places[0].key].properties.dtype
         like = torch.empty(rows, *places[0].local_shape[1:], dtype=dtype, device="meta")
         for name, part in zip(entry.hf, entry.sharding.split(like, self.spec.dims), strict=True):
-            yield TensorInfo(name, dtype, tuple(part.shape))
+            stack = () if entry.index is None else (self.spec.dims.experts,)
+            yield TensorInfo(name, dtype, (*stack, *part.shape))
 
     def _check_tensors(self) -> None:
         places = {place.key: place for each in self._places.values() for place in each}

@@ -11,13 +11,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 
 
 class PortableCoreAttention(torch.nn.Module):
     """Causal attention over THD-packed sequences with grouped queries, by torch's scaled-dot-product attention.
+
+    With ``softmax_type="learnable"`` each head has a sink, ``softmax_offset`` [heads/tp]: one more logit in the denominator.
 
     Each sequence is attended on its own, so a token's result does not depend on what it was packed with, and memory is that of
     the longest sequence, not of the micro-batch squared. Heads are this tensor-parallel rank's. Under context parallelism rank
@@ -43,6 +46,13 @@ class PortableCoreAttention(torch.nn.Module):
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window: int | None = config.window_size[0] + 1 if windowed else None  # tokens, the query's own among them
         self.cp: ProcessGroup | None = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.tp: ProcessGroup = pg_collection.tp
+        self.softmax_offset: Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tp.size()
+            self.softmax_offset = Parameter(torch.empty(heads, dtype=config.params_dtype))
+        elif config.softmax_type != "vanilla":
+            raise ValueError(f"portable attention has no softmax of type {config.softmax_type}")
 
     def forward(
         self,
@@ -64,6 +74,20 @@ class PortableCoreAttention(torch.nn.Module):
         sequences = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         return torch.cat([self._attend(q, k, v) for q, k, v in sequences]).flatten(1)  # [T, heads/tp * d]
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As Megatron's own attention has it."""
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return result
+
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], cp: ProcessGroup) -> Tensor:
         """Each of this rank's two chunks of a sequence attends to everything up to its end."""
         size, rank = cp.size(), cp.rank()
@@ -81,10 +105,12 @@ class PortableCoreAttention(torch.nn.Module):
         """The last rows of a sequence [rows, heads/tp, d] to all of it up to their end [end, groups/tp, d]; as the queries."""
         rows, end = len(query), len(key)
         mask = None
-        if rows < end or (self.window is not None and end > self.window):
+        if self.softmax_offset is not None or rows < end or (self.window is not None and end > self.window):
             mask = torch.ones(rows, end, dtype=torch.bool, device=query.device).tril(end - rows)
             if self.window is not None:
                 mask = mask.triu(end - rows - self.window + 1)
+        if self.softmax_offset is not None:
+            mask, key, value = _with_sink(self.softmax_offset, mask, key, value)
         result: Tensor = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],  # [1, heads/tp, rows, d]
             key.transpose(0, 1)[None],
@@ -96,6 +122,18 @@ class PortableCoreAttention(torch.nn.Module):
             enable_gqa=key.shape[1] != query.shape[1],
         )
         return result[0].transpose(0, 1)
+
+
+def _with_sink(sink: Tensor, mask: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One more key, of value zero, that every query sees with the logit ``sink`` of its head.
+
+    [heads/tp], [rows, end], twice [end, groups/tp, d] to what is added to logits [heads/tp, rows, end + 1], keys and values.
+    """
+    assert mask is not None
+    hidden = torch.zeros(mask.shape, dtype=key.dtype, device=key.device).masked_fill(~mask, float("-inf"))
+    logits = [hidden.expand(len(sink), -1, -1), sink.to(key.dtype)[:, None, None].expand(-1, len(mask), 1)]
+    one_more = (0, 0, 0, 0, 0, 1)
+    return torch.cat(logits, dim=2), F.pad(key, one_more), F.pad(value, one_more)
 
 
 def _gather_sequences(local: Tensor, lengths: list[int], cp: ProcessGroup) -> list[Tensor]:

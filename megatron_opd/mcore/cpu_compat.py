@@ -8,6 +8,7 @@ of them touches arithmetic, and none is ever installed where CUDA is there. :fun
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import queue
 import sys
@@ -34,6 +35,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    _compiled_functions()
     _stub_triton_only_module()
     _cuda_device_queries()
     _cuda_streams()
@@ -64,6 +66,19 @@ def alone_in_a_fake_world() -> Iterator[None]:
         yield
     finally:
         collectives.all_gather_object = original
+
+
+def _compiled_functions() -> None:
+    """Activation functions are under torch.compile, which takes a C++ compiler and seconds: they run as they are written.
+
+    Megatron decides so when its ``jit`` module is imported, which must be now.
+    """
+    original = torch.compile
+    vars(torch)["compile"] = lambda function: function
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        vars(torch)["compile"] = original
 
 
 def _stub_triton_only_module() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, entries, named_parameters
+from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, by_tensors, entries, named_parameters, stacked
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.sharding import Dimensions, Entry
 
@@ -36,21 +36,22 @@ class Export:
         self._dims, self._layout = dims, layout
         self._experts_here = dims.experts // layout.ep_size
         self._parameters = named_parameters(chunks, layout.ep_rank * self._experts_here)
-        self._entries = list(entries(architecture, dims))
+        self._groups = list(by_tensors(entries(architecture, dims)))
 
     def tensors(self) -> Iterator[TensorInfo]:
         """What :meth:`stage` gives, without the weights."""
-        for entry in self._entries:
-            parameter = self._parameters.get(self._own_name(entry))
+        for group in self._groups:
+            parameter = self._parameters.get(self._own_name(group[0]))
             if parameter is not None:
-                shards = 1 if entry.expert is not None else self._layout.tp_size
+                shards = 1 if group[0].expert is not None else self._layout.tp_size
                 like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                for name, part in zip(entry.hf, self._split(entry, [like] * shards), strict=True):
+                parts = stacked(group, (self._split(entry, [like] * shards) for entry in group))
+                for name, part in zip(group[0].hf, parts, strict=True):
                     yield TensorInfo(name, part.dtype, tuple(part.shape))
 
     def names(self) -> list[str]:
         """Of all stages' tensors, in the order of :meth:`whole`."""
-        return [name for entry in self._entries for name in entry.hf]
+        return [name for group in self._groups for name in group[0].hf]
 
     @torch.no_grad()
     def stage(self) -> Iterator[tuple[str, Tensor]]:
@@ -59,9 +60,10 @@ class Export:
         Collective over the tensor-parallel group (gather), for experts over the expert-parallel group (broadcast from the
         owner): all ranks of the stage must consume the whole stream.
         """
-        for entry in self._entries:
-            if self._own_name(entry) in self._parameters:
-                yield from zip(entry.hf, self._split(entry, self._gather(entry)), strict=True)
+        for group in self._groups:
+            if self._own_name(group[0]) in self._parameters:
+                parts = stacked(group, (self._split(entry, self._gather(entry)) for entry in group))
+                yield from zip(group[0].hf, parts, strict=True)
 
     @torch.no_grad()
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -73,7 +75,8 @@ class Export:
         owned: list[dict[str, torch.Size]] = [{} for _ in range(layout.pp_size)]
         dist.all_gather_object(owned, {name: each.shape for name, each in self._parameters.items()}, group=layout.pp)
         dtype, device = next((each.dtype, each.device) for each in self._parameters.values())
-        for entry in self._entries:
+
+        def full(entry: Entry) -> Tensor:
             owner = next(stage for stage, shapes in enumerate(owned) if self._own_name(entry) in shapes)
             if layout.pp_rank == owner:
                 shards = self._gather(entry)
@@ -81,11 +84,15 @@ class Export:
                 count = 1 if entry.expert is not None else layout.tp_size
                 shape = owned[owner][self._own_name(entry)]
                 shards = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
-            full = _unsharded(entry, shards)
+            whole = _unsharded(entry, shards)
             if layout.pp_size > 1:
-                full = full.contiguous()
-                dist.broadcast(full, dist.get_global_rank(layout.pp, owner), group=layout.pp)
-            yield from zip(entry.hf, entry.sharding.split(full, self._dims), strict=True)
+                whole = whole.contiguous()
+                dist.broadcast(whole, dist.get_global_rank(layout.pp, owner), group=layout.pp)
+            return whole
+
+        for group in self._groups:
+            parts = stacked(group, (entry.sharding.split(full(entry), self._dims) for entry in group))
+            yield from zip(group[0].hf, parts, strict=True)
 
     def _split(self, entry: Entry, shards: list[Tensor]) -> list[Tensor]:
         return entry.sharding.split(_unsharded(entry, shards), self._dims)

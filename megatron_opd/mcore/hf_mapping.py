@@ -7,7 +7,8 @@ Transformer Engine spec fuses a norm into the linear layer behind it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -25,7 +26,7 @@ _TE_NAMES = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
-_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # Transformer Engine's grouped linear layers
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")  # Transformer Engine's grouped linear layers
 LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
 
@@ -40,7 +41,27 @@ def entries(architecture: str, dims: Dimensions) -> Iterator[Entry]:
         for i in _layers(entry, dims):
             for e in range(dims.experts) if "{e}" in entry.megatron else (None,):
                 hf = tuple(name.format(i=i, e=e) for name in entry.hf)
-                yield Entry(entry.megatron.format(i=i, e=e), hf, entry.sharding, entry.layers, e)
+                index = None if "{e}" in entry.hf[0] else e
+                yield Entry(entry.megatron.format(i=i, e=e), hf, entry.sharding, entry.layers, e, index)
+
+
+def by_tensors(table: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """The entries of the same HF tensors together: one entry, or those of all experts of a stack."""
+    for _, group in groupby(table, key=lambda entry: entry.hf):
+        yield list(group)
+
+
+def stacked(group: list[Entry], parts: Iterable[list[Tensor]]) -> list[Tensor]:
+    """The HF tensors of a group, whose entries are split into ``parts``. A stack is filled expert by expert."""
+    if group[0].index is None:
+        (only,) = parts
+        return only
+    stacks: list[Tensor] = []
+    for entry, split in zip(group, parts, strict=True):
+        stacks = stacks or [part.new_empty(len(group), *part.shape) for part in split]
+        for stack, part in zip(stacks, split, strict=True):
+            stack[entry.index] = part
+    return stacks
 
 
 def _layers(entry: Entry, dims: Dimensions) -> range:
@@ -63,7 +84,7 @@ def _named_parameters(chunk: GPTModel, first_expert: int) -> dict[str, Parameter
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, number, rest = name.split(".", 3)
-            rest = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", _TE_NAMES.get(rest, rest))
+            rest = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\3.\1.\2", _TE_NAMES.get(rest, rest))
             rest = LOCAL_EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + first_expert}.", rest)
             name = f"decoder.layers.{int(number) + first_layer}.{rest}"
         named[name] = parameter
@@ -72,9 +93,16 @@ def _named_parameters(chunk: GPTModel, first_expert: int) -> dict[str, Parameter
 
 @torch.no_grad()
 def load_weights(
-    chunks: Sequence[GPTModel], architecture: str, dims: Dimensions, read: Callable[[str], Tensor], layout: ParallelLayout
+    chunks: Sequence[GPTModel],
+    architecture: str,
+    dims: Dimensions,
+    read: Callable[[str, int | None], Tensor],
+    layout: ParallelLayout,
 ) -> None:
-    """Fill this rank's shard; ``read`` gives a full HF tensor by name. Every parameter is filled, or OpdError is raised."""
+    """Fill this rank's shard; ``read`` gives a full HF tensor by name, or the one that has an index in a stack.
+
+    Every parameter is filled, or OpdError is raised.
+    """
     parameters = named_parameters(chunks, layout.ep_rank * (dims.experts // layout.ep_size))
     if dims.tied and LM_HEAD.megatron in parameters:  # the last stage's copy of a tied embedding
         table = [*entries(architecture, dims), Entry(LM_HEAD.megatron, EMBEDDING.hf, EMBEDDING.sharding)]
@@ -83,7 +111,7 @@ def load_weights(
     for entry in table:
         if entry.megatron not in parameters:
             continue
-        full = entry.sharding.merge([read(name) for name in entry.hf], dims)
+        full = entry.sharding.merge([read(name, entry.index) for name in entry.hf], dims)
         shard = full if entry.expert is not None else entry.sharding.shard(full, layout.tp_rank, layout.tp_size)
         parameter = parameters.pop(entry.megatron)
         if shard.shape != parameter.shape:

@@ -51,7 +51,7 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         kv_channels=config.kv_channels,
         seq_length=spec.max_positions,
         max_position_embeddings=spec.max_positions,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if rope["rope_type"] == "yarn" else "rope",
         add_position_embedding=False,
         use_rotary_position_embeddings=True,
         rotary_base=rope["rope_theta"],

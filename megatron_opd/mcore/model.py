@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -258,16 +258,35 @@ def _build_chunk(
     # transformers rounds the scale to the embeddings' dtype before it multiplies.
     chunk.embedding_scale = torch.tensor(family.embedding_scale(spec.hf)).to(config.params_dtype).item()
     frequencies = [rope_inverse_frequencies(spec.hf, kind) for kind in rope_parameters(spec.hf)]
-    assert all(attention_factor == 1.0 for _, attention_factor in frequencies)  # of every kind that the families have
+    # The softmax's scale has the factor to cos and sin, of every kind of scaling that the families have.
+    assert config.softmax_scale is not None or all(attention_factor == 1.0 for _, attention_factor in frequencies)
     inverse_frequencies = torch.stack([each for each, _ in frequencies]).to(platform.device)  # [kinds of layers, head_dim / 2]
     if len(frequencies) > 1:
         chunk.rotary_pos_emb = LayerRotary(config, inverse_frequencies, layout.groups.cp)
     else:
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies[0]
+    _correct_attributes(chunk)
     if not with_head and is_last:
         chunk.output_layer = None
     in_place = all(parameter.device == platform.device for parameter in chunk.parameters())
     return chunk if in_place else chunk.to(platform.device)  # parameters without memory (torch's fake mode) cannot be moved
+
+
+def _correct_attributes(chunk: HiddenStateModel) -> None:
+    """What Megatron and Transformer Engine leave out or get wrong of experts' biases and of sinks."""
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            # Each is whole on one rank. Megatron sums the gradients of their biases over the tensor-parallel group, whose ranks
+            # have other experts, and (0.16) counts only the first rank's in the norm.
+            parameter.sequence_parallel = False
+            parameter.tensor_model_parallel = True
+        elif name.endswith(".softmax_offset"):  # split over heads; fp32 in Transformer Engine
+            parameter.tensor_model_parallel = True
+            parameter.data = parameter.data.to(chunk.config.params_dtype)
+    for module in chunk.modules():
+        if isinstance(module, RowParallelLinear) and module.is_expert:
+            # Without expert parallelism its output is a view made by the sum over one rank, to which no bias can be added.
+            module.explicit_expert_comm = True
 
 
 def rotary_fraction(hf: PretrainedConfig) -> float:
@@ -276,7 +295,7 @@ def rotary_fraction(hf: PretrainedConfig) -> float:
 
 
 def rope_inverse_frequencies(hf: PretrainedConfig, kind: str | None = None) -> tuple[Tensor, float]:
-    """[rotary dimensions / 2] fp32 of one kind of layers, as transformers computes them: every scaling equals its original."""
+    """[rotary dimensions / 2] fp32 of one kind of layers, and a factor to cos and sin, as transformers computes them."""
     parameters = rope_parameters(hf)[kind]
     rope_type = parameters["rope_type"]
     if rope_type == "default":
@@ -297,4 +316,8 @@ def load_random(chunks: Sequence[HiddenStateModel], spec: ModelSpec, layout: Par
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = checkpoint_tensors(AutoModelForCausalLM.from_config(spec.hf, dtype=torch.float32))
-    load_weights(chunks, spec.architecture, spec.dims, weights.__getitem__, layout)
+
+    def read(name: str, index: int | None) -> Tensor:
+        return weights[name] if index is None else weights[name][index]
+
+    load_weights(chunks, spec.architecture, spec.dims, read, layout)

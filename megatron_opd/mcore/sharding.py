@@ -122,12 +122,35 @@ class FusedGatedMLP(GatedMLP):
         return [full]
 
 
+class Transposed(Sharding):
+    """A matrix that HF has as [in, out]."""
+
+    def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
+        return parts[0].t().contiguous()
+
+    def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
+        return [full.t()]
+
+
+class AlternatingGatedMLP(GatedMLP):
+    """Gate and up projections in one HF tensor, features by turns on its last axis: [H, 2 * ffn], or biases [2 * ffn]."""
+
+    def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
+        features = parts[0].t()  # [2 * ffn, H] or [2 * ffn]
+        return torch.cat([features[::2], features[1::2]])
+
+    def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
+        return [torch.stack(full.chunk(2), dim=1).flatten(0, 1).t()]
+
+
 Layers = Literal["all", "dense", "experts"]
 
 
 @dataclass(frozen=True)
 class Entry:
     """One Megatron parameter and the HF tensors that it is made of; ``{i}`` is the layer's global number, ``{e}`` the expert's.
+
+    HF tensors whose names lack ``{e}`` beside a parameter that has it are stacks of all experts: [experts, ...].
 
     An expert is whole on one rank of each expert-parallel group, its sharding that of a single tensor-parallel rank.
     """
@@ -137,3 +160,4 @@ class Entry:
     sharding: Sharding
     layers: Layers = "all"  # that have it, where some layers of a model are dense and others have experts
     expert: int | None = None
+    index: int | None = None  # of the expert in stacks of all

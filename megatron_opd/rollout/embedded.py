@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed import ProcessGroup
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_opd.hf_folder import checkpoint_tensors
 from megatron_opd.rollout.attention import GROUPED_SDPA
 from megatron_opd.rollout.decoding import Job, Written, decode
 from megatron_opd.types import NamedTensors, OpdError, Rollout, RolloutRequest, SamplingParams, Tokenizer
+
+_WITH_SINKS = {"gpt_oss"}
 
 
 class EmbeddedEngine:
@@ -30,7 +32,7 @@ class EmbeddedEngine:
         group: the ranks that share the work; None: this rank alone.
 
     Raises:
-        OpdError: the folder cannot be read or lacks weights, or the model uses sliding-window attention.
+        OpdError: the folder cannot be read or lacks weights, or the model has sliding-window attention or attention sinks.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class EmbeddedEngine:
 def _pretrained(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM  # transformers' annotation leaves out output_loading_info
     try:
+        _check_attention(AutoConfig.from_pretrained(folder), folder)
         model, info = loader.from_pretrained(
             folder,
             dtype=dtype,
@@ -155,7 +158,8 @@ def _pretrained(folder: str, dtype: torch.dtype) -> PreTrainedModel:
         raise OpdError(f"{folder}: no weight {name!r} in its safetensors; give a complete HF folder")
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise OpdError(f"{folder}: {name} is {list(found)}, but config.json makes it {list(expected)}; give matching files")
-    return _checked(model, folder)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _without_weights(folder: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -163,19 +167,20 @@ def _without_weights(folder: str, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise OpdError(f"{folder}: no config.json that transformers can read ({_one_line(error)}); give one") from error
+    _check_attention(config, folder)
     with torch.random.fork_rng(devices=[]):  # the throw-away initial values must not move the run's random state
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=GROUPED_SDPA)
-    return _checked(model, folder)
-
-
-def _checked(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    window = model.config.to_dict().get("sliding_window")
-    if window is not None:  # the step's mask would silently replace the window's
-        raise OpdError(
-            f"{folder}: sliding_window: {window} in config.json is not supported by the embedded engine; "
-            "set rollout.backend=sglang"
-        )
     return model
+
+
+def _check_attention(config: PretrainedConfig, folder: str) -> None:
+    """What the engine's own attention would leave out without a word. Raises OpdError."""
+    fields = config.to_dict()
+    found = f"sliding_window: {fields['sliding_window']}" if fields.get("sliding_window") is not None else None
+    if fields["model_type"] in _WITH_SINKS:
+        found = f"model_type: {fields['model_type']}, which has attention sinks,"
+    if found is not None:
+        raise OpdError(f"{folder}: {found} in config.json is not supported by the embedded engine; set rollout.backend=sglang")
 
 
 def _one_line(error: Exception) -> str:

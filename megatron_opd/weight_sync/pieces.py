@@ -65,6 +65,8 @@ def unsent(pieces: Iterable[Piece], engine: Shapes) -> Iterator[str]:
 
 def _dense(tensor: TensorInfo, engine: Shapes, rank: int, tp: int, dims: Dimensions) -> Piece | None:
     *parents, module, kind = tensor.name.split(".")
+    if kind == "sinks":  # SGLang chooses their dtype
+        return None
     if module in ("q_proj", "k_proj", "v_proj"):
         return _attention(tensor, ".".join([*parents, "qkv_proj", kind]), module, engine, rank, tp, dims)
     if module in ("gate_proj", "up_proj"):

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
     "gemma3, tied": {"arch": "gemma3", "tied": True, "sliding_window": 5, "sliding_window_pattern": 2},
+    "gpt-oss": {"arch": "gpt_oss"},
 }
 
 

@@ -40,11 +40,16 @@ GEMMA3: dict[str, Any] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
     },
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
 # 101 rows are not divisible by 2, and head_dim 16 x 4 heads is not the hidden size 32.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
     "llama, tied": {"arch": "llama", "tied": True},
     "llama, llama3 RoPE": {"arch": "llama", "rope_scaling": LLAMA3_ROPE},
+    "llama, YaRN": {"arch": "llama", "rope_scaling": YARN},
+    "mistral, YaRN": {"arch": "mistral", "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    "qwen2, YaRN": {"arch": "qwen2", "hidden": 64, "rope_scaling": {**YARN, "attention_factor": 1.7}},
+    "qwen3, YaRN": {"arch": "qwen3", "rope_scaling": {**YARN, "beta_fast": 4.0, "truncate": False}},
     "qwen2 (qkv bias)": {"arch": "qwen2", "hidden": 64},
     "qwen2, tied": {"arch": "qwen2", "hidden": 64, "tied": True},
     "qwen3 (qk norm)": {"arch": "qwen3"},
@@ -58,8 +63,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3 moe": {"arch": "qwen3_moe"},
     "gemma3": GEMMA3,
     "gemma3, tied": {**GEMMA3, "tied": True, "rope_parameters": None},
+    "mixtral, YaRN": {"arch": "mixtral", "rope_scaling": YARN},
+    "qwen3 moe, YaRN": {"arch": "qwen3_moe", "rope_scaling": YARN},
+    "gpt-oss": {"arch": "gpt_oss"},
 }
-EXPERTS = ("mixtral", "qwen3 moe")
+EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss")
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
@@ -72,8 +80,16 @@ LAYOUTS = {
 
 
 def cases(*models: str) -> list[tuple[str, str]]:
-    """Models with the layouts that they have: experts take tensor parallelism together with expert parallelism only."""
-    return [(m, n) for m in models for n in LAYOUTS if n == "tp1" or n == "pp2" or (m in EXPERTS) == ("ep2" in n)]
+    """Models with the layouts that they have: experts take tensor parallelism together with expert parallelism only.
+
+    No layout touches YaRN.
+    """
+    return [
+        (m, n)
+        for m in models
+        for n in LAYOUTS
+        if n == "tp1" or ("YaRN" not in m and (n == "pp2" or (m in EXPERTS) == ("ep2" in n)))
+    ]
 
 
 SEQUENCES = [[7, 99, 3, 100, 41, 12, 5, 77, 23, 64, 8, 9], [55, 0, 31], [2, 2, 90, 17, 66, 81, 50]]

@@ -111,7 +111,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Loss terms and gradients in fp64 by autograd over full logits, one sequence at a time; nothing of the losses package."""
-    policy = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    # The grouped product of experts has no fp64.
+    policy = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64, experts_implementation="eager")
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     rollouts = make_rollouts(0, policy.config.vocab_size)
     objective, counts = case.objective, dict.fromkeys(Source, 0)
@@ -164,8 +165,34 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
 )
 def test_step_matches_the_dense_oracle(pool: WorkerPool, models: tuple[str, str], case: Case) -> None:
     """Here the reference is the teacher, so that its KL is far from 0."""
+    _assert_step_matches_the_oracle(pool, models, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(max_tokens=64),
+        pytest.param(Case(parallel=P(pp=2), max_tokens=64), marks=pytest.mark.slow),
+        pytest.param(Case(parallel=P(ep=2, dp=2), max_tokens=64), marks=pytest.mark.slow),
+        Case(parallel=P(tp=2, ep=2, **SP), teacher=P(tp=2), max_tokens=64),
+        pytest.param(Case(parallel=P(cp=2, ep=2), max_tokens=64), marks=pytest.mark.slow),
+        pytest.param(Case(parallel=P(ep=2, pp=2, dp=2), max_tokens=64), marks=pytest.mark.slow),
+    ],
+    ids=["tp1", "pp2", "ep2", "tp2 sp x ep2", "cp2 x ep2", "ep2 x pp2"],
+)
+def test_step_of_gpt_oss_matches_the_dense_oracle(
+    pool: WorkerPool, models: tuple[str, str], tmp_path: Path, case: Case
+) -> None:
+    """Sinks, windows, biases of experts and of the router among the gradients."""
+    make_model(tmp_path, "gpt_oss", seed=4)
+    frozen = replace(case, teacher=case.teacher or case.parallel.model_copy(update={"ep": 1}))
+    _assert_step_matches_the_oracle(pool, (str(tmp_path), models[1]), frozen)
+
+
+def _assert_step_matches_the_oracle(pool: WorkerPool, models: tuple[str, str], case: Case) -> None:
     expected, expected_gradients = oracle(*models, case)
     for stats, actual in pool.run(case.world_size, gradients, *models, case):
+        assert set(actual) == set(expected_gradients)
         for name, value in expected.items():
             assert math.isclose(stats.terms._asdict()[name], value, rel_tol=1e-5), name
         for name, gradient in actual.items():

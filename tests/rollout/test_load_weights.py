@@ -159,11 +159,17 @@ def test_sharded_folders_load(tmp_path: Path) -> None:
     assert one == many
 
 
+def test_attention_sinks_are_refused(tmp_path: Path) -> None:
+    make_model(tmp_path, "gpt_oss", layer_types=["full_attention"] * 2, sliding_window=None)
+    with pytest.raises(OpdError, match=r"attention sinks.*rollout\.backend=sglang"):
+        _engine(tmp_path, load=True)
+
+
 def test_sliding_windows_are_refused(tmp_path: Path) -> None:
     make_model(tmp_path, "qwen2")
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     config |= {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 8}
     path.write_text(json.dumps(config))
-    with pytest.raises(OpdError, match=r"sliding_window: 8 .* use backend: sglang"):
+    with pytest.raises(OpdError, match=r"sliding_window: 8 .*rollout\.backend=sglang"):
         _engine(tmp_path, load=True)

@@ -144,6 +144,31 @@ def test_all_norms_of_a_layer_and_an_embedding_that_is_whole_on_each_rank() -> N
         assert all(torch.equal(own[name], tensors[name]) for name in tensors)
 
 
+def test_stacks_of_experts_and_sinks_go_whole_to_sglangs_loader() -> None:
+    """gpt-oss: transposed, its gate and up features by turns; sinks have a dtype of the attention backend."""
+    experts, ffn = f"{MLP}.experts", 6
+    whole = {
+        f"{experts}.gate_up_proj": (4, HIDDEN, 2 * ffn),
+        f"{experts}.gate_up_proj_bias": (4, 2 * ffn),
+        f"{experts}.down_proj": (4, ffn, HIDDEN),
+        f"{experts}.down_proj_bias": (4, HIDDEN),
+        f"{ATTENTION}.sinks": (8,),
+    }
+    placed = {f"{ATTENTION}.o_proj.bias": (HIDDEN,), f"{MLP}.router.weight": (4, HIDDEN), f"{MLP}.router.bias": (4,)}
+    engine = {
+        f"{experts}.w13_weight": [4, 2 * ffn, HIDDEN],
+        f"{experts}.w13_weight_bias": [4, 2 * ffn],
+        f"{experts}.w2_weight": [4, HIDDEN, ffn],
+        f"{experts}.w2_weight_bias": [4, HIDDEN],
+        f"{ATTENTION}.sinks": [8],
+        **{name: list(shape) for name, shape in placed.items()},
+    }
+    for name, shape in {**whole, **placed}.items():
+        piece = piece_of(TensorInfo(name, torch.bfloat16, shape), engine, 0, 1, dimensions(experts=4))
+        assert piece.shape == shape
+        assert piece.target == (None if name in whole else name)
+
+
 def strange_shapes() -> Iterator[tuple[str, tuple[int, ...], dict[str, list[int]]]]:
     yield "a parameter that the engine lacks", (HIDDEN,), {}
     yield "fewer rows than the ranks need", (21, HIDDEN), {"model.embed_tokens.weight": [5, HIDDEN]}

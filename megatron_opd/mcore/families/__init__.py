@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_opd.mcore.families.experts import MIXTRAL, QWEN3_MOE
 from megatron_opd.mcore.families.family import EMBEDDING, LM_HEAD, Family
 from megatron_opd.mcore.families.gemma import GEMMA3
+from megatron_opd.mcore.families.gpt_oss import GPT_OSS
 from megatron_opd.mcore.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_opd.mcore.families.phi3 import PHI3
 from megatron_opd.types import OpdError
@@ -20,6 +21,7 @@ FAMILIES = {  # by architectures[0] of config.json
     "MixtralForCausalLM": MIXTRAL,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Gemma3ForCausalLM": GEMMA3,
+    "GptOssForCausalLM": GPT_OSS,
 }
 _REFUSED = {  # with the reason
     "Gemma2ForCausalLM": "it softcaps logits and attention scores, which the loss and flash attention do not",

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_opd.mcore.families.family import Family, flags_set, layer, other_activation, window
-from megatron_opd.mcore.families.llama import ATTENTION, QK_NORM, decoder, qwen_refusals
+from megatron_opd.mcore.families.family import WITH_YARN, Family, flags_set, layer, other_activation
+from megatron_opd.mcore.families.llama import ATTENTION, QK_NORM, decoder, qwen_refusals, windows_and_yarn
 from megatron_opd.mcore.sharding import Entry, GatedMLP, Row, Sharding
 
 
@@ -47,13 +47,15 @@ def _qwen3_moe_refusals(hf: PretrainedConfig) -> list[str]:
 
 MIXTRAL = Family(
     decoder(ATTENTION, experts("block_sparse_moe", "w1", "w3", "w2")),
-    lambda hf: {**window(hf), **routing(hf)},
+    lambda hf: {**windows_and_yarn(hf), **routing(hf)},
     other_activation,
     lambda hf: int(hf.num_local_experts),
+    WITH_YARN,
 )
 QWEN3_MOE = Family(
     decoder(ATTENTION, QK_NORM, experts("mlp", "gate_proj", "up_proj", "down_proj")),
-    lambda hf: {"qk_layernorm": True, **window(hf), **routing(hf)},
+    lambda hf: {"qk_layernorm": True, **windows_and_yarn(hf), **routing(hf)},
     _qwen3_moe_refusals,
     lambda hf: int(hf.num_experts),
+    WITH_YARN,
 )

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_opd.mcore.sharding import Entry, Layers, Sharding, Vocabulary
 
+WITH_YARN = ("default", "linear", "llama3", "yarn")  # of rope_kinds, where fields has those of :func:`yarn`
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
 FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Sharding())
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), Vocabulary())
@@ -24,7 +27,7 @@ class Family:
         table: where every tensor lives, by the names of Megatron's local layer spec.
         fields: of TransformerConfig, beyond those that follow from every config.json in the same way.
         refusals: what a config.json asks for and this cannot compute exactly, in words that follow "config.json".
-        rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone.
+        rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone, or that ``fields`` describe.
         partial_rotary: whether ``partial_rotary_factor`` leaves the rest of each head without positions.
         change_layer: gives a layer of either spec, in place, the parts that Megatron's has not; with the spec's class of norms.
         embedding_scale: of the embeddings on their way into the first layer.
@@ -56,6 +59,20 @@ def window(hf: PretrainedConfig) -> dict[str, Any]:
         "window_size": (size - 1, 0),  # tokens to the left of a query's own, and to its right
         "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in types] if types else None,
     }
+
+
+def yarn(hf: PretrainedConfig) -> dict[str, Any]:
+    """Fields for YaRN of whole heads. Its factor to cos and sin is in queries and keys, so attention scores have its square.
+
+    Megatron has a factor to cos and sin, but not in Transformer Engine's fused rotation of packed sequences, which would leave
+    it out without a word.
+    """
+    if hf.rope_parameters["rope_type"] != "yarn":
+        return {}
+    head_dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](hf, torch.device("cpu"))
+    assert 2 * len(frequencies) == head_dim
+    return {"softmax_scale": factor**2 * head_dim**-0.5}
 
 
 def flags_set(hf: PretrainedConfig, *names: str) -> list[str]:

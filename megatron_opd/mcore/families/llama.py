@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from megatron_opd.mcore.families.family import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
+    WITH_YARN,
     Family,
     flags_set,
     layer,
     other_activation,
     window,
+    yarn,
 )
 from megatron_opd.mcore.sharding import QKV, Entry, GatedMLP, Row, Sharding
 
@@ -39,6 +43,10 @@ def decoder(*parts: tuple[Entry, ...]) -> tuple[Entry, ...]:
     return (EMBEDDING, *(entry for part in parts for entry in part), FINAL_NORM, LM_HEAD)
 
 
+def windows_and_yarn(hf: PretrainedConfig) -> dict[str, Any]:
+    return {**window(hf), **yarn(hf)}
+
+
 def _llama_refusals(hf: PretrainedConfig) -> list[str]:
     return other_activation(hf) + flags_set(hf, "attention_bias", "mlp_bias")
 
@@ -47,7 +55,17 @@ def qwen_refusals(hf: PretrainedConfig) -> list[str]:
     return other_activation(hf) + flags_set(hf, "attention_bias")
 
 
-LLAMA = Family(decoder(ATTENTION, MLP), refusals=_llama_refusals)
-MISTRAL = Family(decoder(ATTENTION, MLP), window, other_activation)
-QWEN2 = Family(decoder(ATTENTION, QKV_BIAS, MLP), lambda hf: {"add_qkv_bias": True, **window(hf)}, qwen_refusals)
-QWEN3 = Family(decoder(ATTENTION, QK_NORM, MLP), lambda hf: {"qk_layernorm": True, **window(hf)}, qwen_refusals)
+LLAMA = Family(decoder(ATTENTION, MLP), yarn, _llama_refusals, rope_kinds=WITH_YARN)
+MISTRAL = Family(decoder(ATTENTION, MLP), windows_and_yarn, other_activation, rope_kinds=WITH_YARN)
+QWEN2 = Family(
+    decoder(ATTENTION, QKV_BIAS, MLP),
+    lambda hf: {"add_qkv_bias": True, **windows_and_yarn(hf)},
+    qwen_refusals,
+    rope_kinds=WITH_YARN,
+)
+QWEN3 = Family(
+    decoder(ATTENTION, QK_NORM, MLP),
+    lambda hf: {"qk_layernorm": True, **windows_and_yarn(hf)},
+    qwen_refusals,
+    rope_kinds=WITH_YARN,
+)
