@@ -15,7 +15,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -115,10 +116,12 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
     rope_type = hf.rope_parameters["rope_type"]
     if rope_type not in family.rope_kinds:
         raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported; supported are {', '.join(family.rope_kinds)}")
+    fields = family.fields(hf)
     for name, value, axis, size in (
         ("num_attention_heads", hf.num_attention_heads, "tp", parallel.tp),
         ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
         ("intermediate_size", hf.intermediate_size, "tp", parallel.tp),
+        ("size of shared experts", fields.get("moe_shared_expert_intermediate_size") or 0, "tp", parallel.tp),
         ("num_hidden_layers", hf.num_hidden_layers, "pp" if parallel.vpp == 1 else "pp x vpp", parallel.pp * parallel.vpp),
         ("num_experts", experts, "ep", parallel.ep),
     ):
@@ -136,6 +139,8 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
             padded_vocab_size=padded_vocab_size(hf.vocab_size, parallel.tp),
             tied=bool(hf.tie_word_embeddings),
             experts=experts,
+            dense_layers=_dense_layers(fields),
+            absent=family.absent(hf),
         ),
         max_positions=hf.max_position_embeddings,
     )
@@ -146,6 +151,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that we derive are refused."""
     hf, dims = spec.hf, spec.dims
+    own = family_of(spec.architecture).fields(hf)
+    latent = bool(own.get("multi_latent_attention"))
+    config_class = MLATransformerConfig if latent else TransformerConfig
     derived = {
         "num_layers": dims.layers,
         "hidden_size": hf.hidden_size,
@@ -176,13 +184,15 @@ def transformer_config(
         "variable_seq_lengths": parallel.pp > 1,
         "moe_token_dispatcher_type": "alltoall",
         **(_expert_fields(dims, platform) if dims.experts else {}),
-        **family_of(spec.architecture).fields(hf),
+        **own,
     }
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if latent:
+        defaults["apply_rope_fusion"] = False  # has YaRN alone, from cosines in the parameters' precision
+    known = {field.name for field in dataclasses.fields(config_class)}
     for name in native:
         if name not in known:
-            raise OpdError(f"student.megatron.{name}: not a field of the installed TransformerConfig; remove it")
+            raise OpdError(f"student.megatron.{name}: not a field of the installed {config_class.__name__}; remove it")
         if name in derived:
             raise OpdError(f"student.megatron.{name}: follows from the model and student.parallel; remove it")
     unavailable = RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
@@ -192,9 +202,15 @@ def transformer_config(
             "Transformer Engine; take core_attn, mlp or moe"
         )
     try:
-        return TransformerConfig(**{**derived, **defaults, **native})
+        return config_class(**{**derived, **defaults, **native})
     except (TypeError, ValueError, AssertionError) as error:
         raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
+
+
+def _dense_layers(fields: dict[str, Any]) -> int:
+    """Where layers differ, Megatron's pattern has 1 for those with experts; the others all come before."""
+    pattern = fields.get("moe_layer_freq")
+    return pattern.index(1) if isinstance(pattern, list) else 0
 
 
 def _expert_fields(dims: Dimensions, platform: Platform) -> dict[str, Any]:
@@ -233,9 +249,13 @@ def _build_chunk(
         pg_collection=layout.groups,
         vp_stage=vp_stage,
     )
-    inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
-    assert attention_factor == 1.0  # holds for every kind that the families have
-    chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
+    if not config.multi_latent_attention:  # whose layers have their own, from the config
+        inverse_frequencies, attention_factor = rope_inverse_frequencies(spec.hf)
+        assert attention_factor == 1.0  # holds for every kind that the families have
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(platform.device)
+    for module in chunk.modules():
+        if isinstance(module, TopKRouter):
+            module.enable_expert_bias = False  # counts no tokens for an update of the bias; it still takes part in the choice
     if not with_head and is_last:
         chunk.output_layer = None
     in_place = all(parameter.device == platform.device for parameter in chunk.parameters())

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
@@ -28,6 +30,16 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.2,
+}
 # 101 rows are not divisible by 2, and head_dim 16 x 4 heads is not the hidden size 32.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
@@ -42,8 +54,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, window": {"arch": "qwen3", "layers": 4, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "deepseek v3": {"arch": "deepseek_v3"},
+    "deepseek v3, yarn": {"arch": "deepseek_v3", "rope_scaling": YARN, "tied": True, "n_group": 1, "topk_group": 1},
 }
-EXPERTS = ("mixtral", "qwen3 moe")
+if Version(megatron.core.__version__) < Version("0.19"):  # which refuses it
+    whole_queries = {"heads": 6, "q_lora_rank": None, "first_k_dense_replace": 0}
+    MODELS["deepseek v3, whole queries"] = {"arch": "deepseek_v3", **whole_queries}
+DEEPSEEK = tuple(name for name in MODELS if "deepseek" in name)
+FAST_DEEPSEEK = (*((name, "tp1") for name in DEEPSEEK), ("deepseek v3", "ep2 x tp2 sp"))
+EXPERTS = ("mixtral", "qwen3 moe", *DEEPSEEK)
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
@@ -55,9 +74,14 @@ LAYOUTS = {
 }
 
 
-def cases(*models: str) -> list[tuple[str, str]]:
+def cases(*models: str) -> list[Any]:
     """Models with the layouts that they have: experts take tensor parallelism together with expert parallelism only."""
-    return [(m, n) for m in models for n in LAYOUTS if n == "tp1" or n == "pp2" or (m in EXPERTS) == ("ep2" in n)]
+    return [
+        pytest.param(m, n, marks=pytest.mark.slow if m in DEEPSEEK and (m, n) not in FAST_DEEPSEEK else [])
+        for m in models
+        for n in LAYOUTS
+        if n == "tp1" or n == "pp2" or (m in EXPERTS) == ("ep2" in n)
+    ]
 
 
 SEQUENCES = [[7, 99, 3, 100, 41, 12, 5, 77, 23, 64, 8, 9], [55, 0, 31], [2, 2, 90, 17, 66, 81, 50]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_opd.mcore.families.deepseek import DEEPSEEK_V3
 from megatron_opd.mcore.families.experts import MIXTRAL, QWEN3_MOE
 from megatron_opd.mcore.families.family import EMBEDDING, LM_HEAD, Family
 from megatron_opd.mcore.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -16,6 +17,7 @@ FAMILIES = {  # by architectures[0] of config.json
     "Qwen3ForCausalLM": QWEN3,
     "MixtralForCausalLM": MIXTRAL,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }
 
 

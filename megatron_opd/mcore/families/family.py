@@ -12,6 +12,7 @@ from megatron_opd.mcore.sharding import Entry, Layers, Sharding, Vocabulary
 
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
 FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Sharding())
+LAYER = "decoder.layers.{i}."  # what the Megatron names of a layer's entries begin with
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), Vocabulary())
 
 
@@ -23,7 +24,8 @@ class Family:
         table: where every tensor lives, by the names of Megatron's local layer spec.
         fields: of TransformerConfig, beyond those that follow from every config.json in the same way.
         refusals: what a config.json asks for and this cannot compute exactly, in words that follow "config.json".
-        rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone.
+        rope_kinds: of RoPE scaling that are a change of the inverse frequencies alone, or that ``fields`` describe.
+        absent: Megatron names of entries whose tensors a model of this config.json does not have.
     """
 
     table: tuple[Entry, ...]
@@ -31,12 +33,13 @@ class Family:
     refusals: Callable[[PretrainedConfig], list[str]] = lambda hf: []
     experts: Callable[[PretrainedConfig], int] = lambda hf: 0
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
+    absent: Callable[[PretrainedConfig], frozenset[str]] = lambda hf: frozenset()
 
 
-def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:
+def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all", buffer: bool = False) -> Entry:
     """A tensor of each layer; names within it."""
     names = tuple(f"model.layers.{{i}}.{name}" for name in hf)
-    return Entry(f"decoder.layers.{{i}}.{megatron}", names, sharding, layers)
+    return Entry(f"{LAYER}{megatron}", names, sharding, layers, buffer=buffer)
 
 
 def window(hf: PretrainedConfig) -> dict[str, Any]:
