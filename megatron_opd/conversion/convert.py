@@ -36,13 +36,13 @@ def to_megatron(
 
     Args:
         parallel: the layout that is meant to load it: noted in its arguments, and the vocabulary is padded for its tp.
-        dtype: of the result; None: as the source has it.
+        dtype: of the result, but for buffers; None: as the source has it.
     """
     folder = HFFolder(source)
     weights = HFWeights(folder, model_spec(folder, parallel, "source"))
     spec = weights.spec
     table = {entry.megatron: entry for entry in entries(spec.architecture, spec.dims)}
-    dtypes = {name: dtype or _one_dtype(weights, entry) for name, entry in table.items()}
+    dtypes = {name: (None if entry.buffer else dtype) or _one_dtype(weights, entry) for name, entry in table.items()}
     plan = blueprint(spec, parallel, dtype or max(dtypes.values(), key=list(dtypes.values()).count), {})
     _check_keys(plan, dtypes, source)
     report = start(sum(info.nbytes for info in weights.tensors.values()))
@@ -66,11 +66,14 @@ def to_hf(
 
     Args:
         config: the folder with config.json, tokenizer and so on; None: the one that :func:`to_megatron` left in ``source``.
-        dtype: of the result, also in its config.json; None: as the source has it.
+        dtype: of the result, but for buffers, also in its config.json; None: as the source has it.
     """
     files = config_folder(source, config)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
-    infos = {name: info if dtype is None else replace(info, dtype=dtype) for name, info in weights.tensors.items()}
+    buffers = {name for each in entries(weights.spec.architecture, weights.spec.dims) if each.buffer for name in each.hf}
+    infos = {
+        name: info if dtype is None or name in buffers else replace(info, dtype=dtype) for name, info in weights.tensors.items()
+    }
     report = start(sum(info.nbytes for info in weights.tensors.values()))
     with new_folder(target, sum(info.nbytes for info in infos.values())) as partial:
         writer = ShardedWriter(partial, plan_shards(infos.values(), shard_bytes))

@@ -21,6 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"arch": "qwen3"},
     "mixtral": {"arch": "mixtral"},
     "qwen3 moe": {"arch": "qwen3_moe"},
+    "deepseek v3": {"arch": "deepseek_v3"},
 }
 
 

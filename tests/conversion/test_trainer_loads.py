@@ -17,7 +17,7 @@ from tests.mcore.test_megatron_lm import frozen_weights, read_as_megatron_lm, sa
 from tests.mcore.training import Case, save_after, train_steps
 from tests.worker_pool import WorkerPool
 
-EXPERTS = ("mixtral", "qwen3 moe")
+EXPERTS = ("mixtral", "qwen3 moe", "deepseek v3")
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
@@ -25,7 +25,13 @@ LAYOUTS = {
     "ep2": ParallelConfig(ep=2, dp=2),
     "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
 }
-FAST = {("qwen3", "tp2"), ("llama, tied, sharded", "pp2"), ("qwen2", "tp1"), ("qwen3 moe", "ep2")}
+FAST = {
+    ("qwen3", "tp2"),
+    ("llama, tied, sharded", "pp2"),
+    ("qwen2", "tp1"),
+    ("qwen3 moe", "ep2"),
+    ("deepseek v3", "tp2 sp x ep2"),
+}
 
 
 def cases() -> list[Any]:
