@@ -80,6 +80,7 @@ CASES = {
     ),
     "ep2 bf16": Case({"ep": 2, "dp": 2}, model="experts", dtype="bfloat16", teacher={}),
     "tp2 sp x ep2 fp32": Case({"tp": 2, "ep": 2, "dp": 2, **SP}, model="experts", teacher={}),
+    "latent attention, ep2 fp32": Case({"ep": 2, "dp": 2}, model="latent", teacher={}),
 }
 SLOW = (
     "dp2 selective recompute",
@@ -88,6 +89,7 @@ SLOW = (
     "dp2 without distributed optimizer",
     "tp2 sp x ep2 fp32",
     "dp2 in buckets",
+    "latent attention, ep2 fp32",
 )
 
 
@@ -98,6 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "tied": ("qwen3", {"tied": True, "layers": 4, "hidden": 64}),
         "untied": ("qwen2", {"layers": 6, "hidden": 64}),
         "experts": ("qwen3_moe", {"layers": 4, "hidden": 64}),
+        "latent": ("deepseek_v3", {"layers": 4, "hidden": 64}),
         "teacher": ("llama", {"layers": 4}),
     }
     for name, (arch, sizes) in kinds.items():

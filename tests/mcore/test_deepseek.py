@@ -19,7 +19,7 @@ from megatron_opd.hf_folder import SINGLE, HFFolder
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.types import OpdError
 from tests.mcore.test_trainer import oracle
-from tests.mcore.training import Case, gradients, train_steps
+from tests.mcore.training import Case, gradients, resume_for_one_step, save_after, train_steps
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
@@ -73,6 +73,16 @@ def test_steps_leave_the_routers_bias_as_it_is(pool: WorkerPool, models: tuple[s
         assert torch.equal(weights[BIAS].view(torch.int32), bias.view(torch.int32))
         assert torch.equal(expected_weights[BIAS].view(torch.int32), bias.view(torch.int32))
         assert all((weights[name] - each).norm() <= 1e-3 * each.norm() for name, each in expected_weights.items())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_layout(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:
+    start = Case(TP2, max_tokens=64)
+    [(expected, _)] = pool.run(1, train_steps, *models, Case(max_tokens=64), 3)
+    saved = pool.run(2, save_after, *models, start, 2, str(tmp_path))[0]
+    for stats in pool.run(2, resume_for_one_step, *models, Case(ParallelConfig(pp=2), max_tokens=64), saved):
+        assert math.isclose(stats.terms.loss, expected[-1].terms.loss, rel_tol=1e-4)
+        assert math.isclose(stats.grad_norm, expected[-1].grad_norm, rel_tol=1e-3)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
