@@ -187,7 +187,11 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def write_hf_folder(weights: NamedTensors, source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write ``weights`` beside the config and tokenizer files of ``source``; the folder appears only when whole."""
+    """Write ``weights``, as they are, beside the config and tokenizer files of ``source``; the folder appears only when whole.
+
+    Args:
+        dtype: of the parameters, for config.json.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -203,12 +207,12 @@ def write_hf_folder(weights: NamedTensors, source: Path, target: Path, dtype: to
             and file.name != INDEX
         ):
             shutil.copyfile(file, partial / file.name)
-    _write_shards(weights, partial, dtype)
+    _write_shards(weights, partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
 
-def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     files: list[Path] = []
@@ -220,7 +224,7 @@ def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: to
         shards[-1] = dict.fromkeys(shards[-1], torch.empty(0))  # names stay for the index, data goes
 
     for name, tensor in weights:
-        tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        tensor = tensor.detach().to("cpu", copy=True).contiguous()
         if size and size + tensor.nbytes > _MAX_SHARD_BYTES:
             flush()
             shards.append({})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    DeepseekV3Config,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral", "phi3", "gemma3", "gpt_oss"]
+Arch = Literal["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "mistral", "phi3", "gemma3", "gpt_oss", "deepseek_v3"]
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")  # ids 0 to 4; the words follow
 EOS_ID = SPECIAL_TOKENS.index("<eos>")
@@ -41,6 +42,7 @@ _CONFIGS = {
     "phi3": Phi3Config,
     "gemma3": Gemma3TextConfig,
     "gpt_oss": GptOssConfig,
+    "deepseek_v3": DeepseekV3Config,
 }
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -56,6 +58,23 @@ _EXPERTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
             "truncate": False,
         },
+    },
+    # Latent sizes, head sizes and widths all differ; the first layer is dense; 2 of 4 groups of 2 experts are looked at.
+    "deepseek_v3": {
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "head_dim": 6,
+        "v_head_dim": 14,
+        "num_key_value_heads": None,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
     },
 }
 
@@ -103,14 +122,12 @@ def make_model(
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         max_position_embeddings=max_positions,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=EOS_ID,
         pad_token_id=0,
-        **{**_EXPERTS.get(arch, {}), **fields},
+        **{"num_key_value_heads": kv_heads, "head_dim": head_dim, **_EXPERTS.get(arch, {}), **fields},
         **({} if rope_scaling is None else {"rope_scaling": rope_scaling}),
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -124,6 +141,9 @@ def make_model(
                 parameter.copy_(noise * 2 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # wide enough to change which experts are chosen
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     if max_shard_size is None:
         model.save_pretrained(folder)
     else:

@@ -135,9 +135,13 @@ class Planner:
         itemsize, hf = dtype_of(config).itemsize, folder.config
         # How many held-out prompts there are only their file tells.
         slots = config.rollout.max_batch_size if config.eval else min(config.rollout.max_batch_size, -(-responses // gpus))
-        head_dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
         cache = most_bytes(
-            hf.num_hidden_layers, slots, hf.num_key_value_heads, head_dim, longest_sequence(config, models), itemsize
+            hf.num_hidden_layers,
+            slots,
+            hf.num_key_value_heads,
+            _key_and_value(hf.to_dict()),
+            longest_sequence(config, models),
+            itemsize,
         )
         return EngineBytes(elements * itemsize, cache)
 
@@ -146,6 +150,13 @@ class Planner:
             self._known[key] = compute()
         result: Result = self._known[key]
         return result
+
+
+def _key_and_value(hf: dict[str, Any]) -> int:
+    """Elements of one head's key and value as transformers caches them, latent attention's after their projections up."""
+    if "kv_lora_rank" in hf:
+        return int(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"])
+    return 2 * int(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
 
 
 def _server_share(config: Config, gpus: int) -> float:

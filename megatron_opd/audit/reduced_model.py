@@ -13,6 +13,7 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.sharding import Dimensions
+from megatron_opd.types import OpdError
 
 _HEAD_SIZE = 16
 _OTHER_HEAD_SIZE = 24  # where config.json gives head_dim by itself: not hidden / heads
@@ -32,6 +33,11 @@ def write_reduced_model(
 ) -> HFFolder:
     """A new folder with ``source``'s architecture that the same layout divides; fp32 weights, the same on every rank."""
     config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    if "kv_lora_rank" in config:
+        raise OpdError(
+            f"{section}.model: {source.path / 'config.json'} has latent attention (kv_lora_rank), which the audit cannot "
+            "reduce; audit the layout with a model of another family"
+        )
     dims = model_spec(source, parallel, section).dims
     config = {name: value for name, value in config.items() if name not in _NOT_COPIED}
     config |= _sizes(dims, parallel, own_head_dim=bool(config.get("head_dim"))) | {"vocab_size": vocab_size}

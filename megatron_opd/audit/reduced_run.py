@@ -15,7 +15,7 @@ from megatron_opd.data.packing import context_slice
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.hf_export import Export
-from megatron_opd.mcore.hf_mapping import entries, named_parameters
+from megatron_opd.mcore.hf_mapping import entries, named_weights
 from megatron_opd.mcore.model import build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
@@ -103,9 +103,9 @@ class GradientTrainer(Trainer):
 
     def replicated_gradients(self) -> Iterator[Tensor]:
         """The last ones, of this stage's parameters that every tensor-parallel rank holds whole."""
-        parameters = named_parameters(self.chunks, first_expert=0)
+        parameters = named_weights(self.chunks, first_expert=0)
         for entry in entries(self.spec.architecture, self.spec.dims):
-            if type(entry.sharding) is Sharding and entry.megatron in parameters:
+            if type(entry.sharding) is Sharding and entry.megatron in parameters and not entry.buffer:
                 yield parameters[entry.megatron].main_grad  # type: ignore[attr-defined]  # Megatron's DDP sets it
 
 

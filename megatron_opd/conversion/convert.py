@@ -53,14 +53,14 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
 
     Args:
         parallel: the layout that is meant to load it: noted in its arguments, and the vocabulary is padded for its tp.
-        dtype: of the result; None: as the source has it.
+        dtype: of the result, but for buffers; None: as the source has it.
     """
     folder = HFFolder(source)
     read = _Source([source])
     weights = HFWeights(folder, model_spec(folder, parallel, "source"))
     spec = weights.spec
     table = {entry.megatron: entry for entry in entries(spec.architecture, spec.dims)}
-    dtypes = {name: dtype or _one_dtype(weights, entry) for name, entry in table.items()}
+    dtypes = {name: (None if entry.buffer else dtype) or _one_dtype(weights, entry) for name, entry in table.items()}
     plan = blueprint(spec, parallel, dtype or max(dtypes.values(), key=list(dtypes.values()).count), {})
     _check_keys(plan, dtypes, source)
     sizes = {name: entry_bytes(weights, entry) for name, entry in table.items()}
@@ -91,14 +91,17 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
 
     Args:
         config: the folder with config.json, tokenizer and so on; None: the one that :func:`to_megatron` left in ``source``.
-        dtype: of the result, also in its config.json; None: as the source has it.
+        dtype: of the result, but for buffers, also in its config.json; None: as the source has it.
     """
     files = config_folder(source, config)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
     read = _Source([weights.path, files.path])
-    infos = {name: info if dtype is None else replace(info, dtype=dtype) for name, info in weights.tensors.items()}
     # One Hugging Face tensor, or the stack of a layer's experts, is written entry by entry.
     groups = list(by_tensors(entries(weights.spec.architecture, weights.spec.dims)))
+    buffers = {name for group in groups if group[0].buffer for name in group[0].hf}
+    infos = {
+        name: info if dtype is None or name in buffers else replace(info, dtype=dtype) for name, info in weights.tensors.items()
+    }
     parts = consecutive((sum(infos[name].nbytes for name in group[0].hf) for group in groups), work.shard_bytes)
     # Readers need each tensor aligned to its elements: the wide ones go first.
     shards = [sorted((groups[n] for n in part), key=lambda group: -infos[group[0].hf[0]].dtype.itemsize) for part in parts]

@@ -46,6 +46,7 @@ def install() -> None:
     _fused_adam()
     _checkpoint_results_queue()
     _expert_counts()
+    _latent_attention()
 
 
 @contextlib.contextmanager
@@ -108,6 +109,13 @@ def _expert_counts() -> None:
     moe_utils.maybe_move_tensor_to_cpu = to_cpu
     vars(moe_utils).setdefault("te_general_gemm", None)
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _latent_attention() -> None:
+    """0.16 takes Transformer Engine to be there: its own module of that name can be imported without it, with mock classes."""
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 
 def _cuda_device_queries() -> None:

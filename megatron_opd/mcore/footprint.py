@@ -173,7 +173,8 @@ def frozen_bytes(
     with fake_rank(rank.number, rank.world_size), _running(kernels):
         layout = init_layout(parallel, config.run.seed)
         weights = _storages(parameter for chunk in build(FAKE, layout) for parameter in chunk.parameters())
-        (chunk,) = build(shallow(3), layout)  # each layer leaves the memory that it used to the next
+        # Each layer leaves the memory that it used to the next; where some are dense and some not, all are there.
+        (chunk,) = build(FAKE if spec.dims.dense_layers else shallow(3), layout)
         _use(chunk, kernels)
         return FrozenBytes(sum(weights.values()), scoring_pass(chunk, lengths, layout))
 
@@ -239,6 +240,8 @@ def _use(chunk: HiddenStateModel, kernels: Kernels) -> None:
 
 def _equal_layers(config: TransformerConfig) -> int | None:
     """How many layers take the same memory again and again; None: they differ."""
+    if isinstance(config.moe_layer_freq, list):
+        return None
     if config.recompute_granularity != "full":
         return 1
     return config.recompute_num_layers if config.recompute_method == "uniform" else None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, by_tensors, entries, named_parameters, stacked
+from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, by_tensors, entries, named_weights, stacked
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.sharding import Dimensions, Entry
 
@@ -35,13 +35,13 @@ class Export:
     def __init__(self, chunks: Sequence[GPTModel], architecture: str, dims: Dimensions, layout: ParallelLayout) -> None:
         self._dims, self._layout = dims, layout
         self._experts_here = dims.experts // layout.ep_size
-        self._parameters = named_parameters(chunks, layout.ep_rank * self._experts_here)
+        self._weights = named_weights(chunks, layout.ep_rank * self._experts_here)
         self._groups = list(by_tensors(entries(architecture, dims)))
 
     def tensors(self) -> Iterator[TensorInfo]:
         """What :meth:`stage` gives, without the weights."""
         for group in self._groups:
-            parameter = self._parameters.get(self._own_name(group[0]))
+            parameter = self._weights.get(self._own_name(group[0]))
             if parameter is not None:
                 shards = 1 if group[0].expert is not None else self._layout.tp_size
                 like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -61,7 +61,7 @@ class Export:
         owner): all ranks of the stage must consume the whole stream.
         """
         for group in self._groups:
-            if self._own_name(group[0]) in self._parameters:
+            if self._own_name(group[0]) in self._weights:
                 parts = stacked(group, (self._split(entry, self._gather(entry)) for entry in group))
                 yield from zip(group[0].hf, parts, strict=True)
 
@@ -72,17 +72,18 @@ class Export:
         Collective as :meth:`stage` is, and over the pipeline-parallel group (broadcast from the owning stage).
         """
         layout = self._layout
-        owned: list[dict[str, torch.Size]] = [{} for _ in range(layout.pp_size)]
-        dist.all_gather_object(owned, {name: each.shape for name, each in self._parameters.items()}, group=layout.pp)
-        dtype, device = next((each.dtype, each.device) for each in self._parameters.values())
+        owned: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(layout.pp_size)]
+        own = {name: (each.shape, each.dtype) for name, each in self._weights.items()}
+        dist.all_gather_object(owned, own, group=layout.pp)
+        device = next(each.device for each in self._weights.values())
 
         def full(entry: Entry) -> Tensor:
-            owner = next(stage for stage, shapes in enumerate(owned) if self._own_name(entry) in shapes)
+            owner = next(stage for stage, weights in enumerate(owned) if self._own_name(entry) in weights)
             if layout.pp_rank == owner:
                 shards = self._gather(entry)
             else:
                 count = 1 if entry.expert is not None else layout.tp_size
-                shape = owned[owner][self._own_name(entry)]
+                shape, dtype = owned[owner][self._own_name(entry)]
                 shards = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
             whole = _unsharded(entry, shards)
             if layout.pp_size > 1:
@@ -106,7 +107,7 @@ class Export:
 
     def _gather(self, entry: Entry) -> list[Tensor]:
         """The shards of all tensor-parallel ranks; of an expert, which is whole on one rank, its owner's."""
-        parameter = self._parameters[self._own_name(entry)].detach()
+        parameter = self._weights[self._own_name(entry)].detach()
         if entry.expert is not None:
             full = parameter.clone()
             owner = dist.get_global_rank(self._layout.ep, entry.expert // self._experts_here)

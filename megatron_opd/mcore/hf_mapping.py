@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
-from torch.nn import Parameter
 
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD, family_of
 from megatron_opd.mcore.parallel import ParallelLayout
@@ -24,7 +24,10 @@ from megatron_opd.types import OpdError
 _TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
+_BUFFERS = {"expert_bias"}  # of Megatron's routers: weights of a model, which no gradient moves
 
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")  # Transformer Engine's grouped linear layers
 LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
@@ -33,7 +36,7 @@ LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 def entries(architecture: str, dims: Dimensions) -> Iterator[Entry]:
     """The table with layer numbers filled in, in an order that is the same on every rank. Raises OpdError."""
     for entry in family_of(architecture).table:
-        if entry is LM_HEAD and dims.tied:
+        if (entry is LM_HEAD and dims.tied) or entry.megatron in dims.absent:
             continue
         if "{i}" not in entry.megatron:
             yield entry
@@ -42,7 +45,7 @@ def entries(architecture: str, dims: Dimensions) -> Iterator[Entry]:
             for e in range(dims.experts) if "{e}" in entry.megatron else (None,):
                 hf = tuple(name.format(i=i, e=e) for name in entry.hf)
                 index = None if "{e}" in entry.hf[0] else e
-                yield Entry(entry.megatron.format(i=i, e=e), hf, entry.sharding, entry.layers, e, index)
+                yield replace(entry, megatron=entry.megatron.format(i=i, e=e), hf=hf, expert=e, index=index)
 
 
 def by_tensors(table: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -70,24 +73,30 @@ def _layers(entry: Entry, dims: Dimensions) -> range:
     return range(dims.dense_layers) if entry.layers == "dense" else range(dims.dense_layers, dims.layers)
 
 
-def named_parameters(chunks: Sequence[GPTModel], first_expert: int) -> dict[str, Parameter]:
-    """This rank's parameters by their canonical names: local-spec spelling, global layer and expert numbers."""
-    named: dict[str, Parameter] = {}
+def own_weights(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that are weights of the model too, by the module's own names."""
+    yield from chunk.named_parameters()
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.rpartition(".")[2] in _BUFFERS)
+
+
+def named_weights(chunks: Sequence[GPTModel], first_expert: int) -> dict[str, Tensor]:
+    """This rank's :func:`own_weights` by their canonical names: local-spec spelling, global layer and expert numbers."""
+    named: dict[str, Tensor] = {}
     for chunk in chunks:
-        named |= _named_parameters(chunk, first_expert)
+        named |= _named_weights(chunk, first_expert)
     return named
 
 
-def _named_parameters(chunk: GPTModel, first_expert: int) -> dict[str, Parameter]:
+def _named_weights(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
     first_layer = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     named = {}
-    for name, parameter in chunk.named_parameters():
+    for name, weight in own_weights(chunk):
         if name.startswith("decoder.layers."):
             _, _, number, rest = name.split(".", 3)
             rest = _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\3.\1.\2", _TE_NAMES.get(rest, rest))
             rest = LOCAL_EXPERT.sub(lambda match: f"local_experts.{int(match[1]) + first_expert}.", rest)
             name = f"decoder.layers.{int(number) + first_layer}.{rest}"
-        named[name] = parameter
+        named[name] = weight
     return named
 
 
@@ -103,7 +112,7 @@ def load_weights(
 
     Every parameter is filled, or OpdError is raised.
     """
-    parameters = named_parameters(chunks, layout.ep_rank * (dims.experts // layout.ep_size))
+    parameters = named_weights(chunks, layout.ep_rank * (dims.experts // layout.ep_size))
     if dims.tied and LM_HEAD.megatron in parameters:  # the last stage's copy of a tied embedding
         table = [*entries(architecture, dims), Entry(LM_HEAD.megatron, EMBEDDING.hf, EMBEDDING.sharding)]
     else:

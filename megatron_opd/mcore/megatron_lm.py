@@ -17,7 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
@@ -77,6 +77,13 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
         moe_router_topk=config.moe_router_topk,
         moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_router_score_function=config.moe_router_score_function,
+        moe_router_dtype=config.moe_router_dtype,
+        moe_router_num_groups=config.moe_router_num_groups,
+        moe_router_group_topk=config.moe_router_group_topk,
+        moe_router_topk_scaling_factor=config.moe_router_topk_scaling_factor,
+        moe_router_enable_expert_bias=config.moe_router_enable_expert_bias,
+        moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
         moe_layer_freq=config.moe_layer_freq,
         moe_grouped_gemm=config.moe_grouped_gemm,
         bf16=config.bf16,
@@ -99,7 +106,15 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         dist_ckpt_optim_fully_reshardable=True,
         no_save_optim=False,
         no_save_rng=True,
+        multi_latent_attention=config.multi_latent_attention,
+        **(_latent_attention(config) if config.multi_latent_attention else {}),
     )
+
+
+def _latent_attention(config: MLATransformerConfig) -> dict[str, object]:
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    rope = ("rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    return {name: vars(config)[name] for name in (*names, *rope, "mscale", "mscale_all_dim")}
 
 
 def find_checkpoint(path: str, key: str) -> Path:

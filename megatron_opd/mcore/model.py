@@ -15,7 +15,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -134,10 +135,12 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
             raise OpdError(f"{key}: RoPE scaling {rope_type!r} is not supported{reason}; supported are {supported}")
     if rotary_fraction(hf) != 1.0 and not family.partial_rotary:
         raise OpdError(f"{key}: partial_rotary_factor={rotary_fraction(hf)} is not supported for {folder.architecture}")
+    fields = family.fields(hf)
     for name, value, axis, size in (
         ("num_attention_heads", hf.num_attention_heads, "tp", parallel.tp),
         ("num_key_value_heads", hf.num_key_value_heads, "tp", parallel.tp),
         ("intermediate_size", hf.intermediate_size, "tp", parallel.tp),
+        ("size of shared experts", fields.get("moe_shared_expert_intermediate_size") or 0, "tp", parallel.tp),
         ("num_hidden_layers", hf.num_hidden_layers, "pp" if parallel.vpp == 1 else "pp x vpp", parallel.pp * parallel.vpp),
         ("num_experts", experts, "ep", parallel.ep),
     ):
@@ -155,6 +158,8 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
             padded_vocab_size=padded_vocab_size(hf.vocab_size, parallel.tp),
             tied=bool(hf.tie_word_embeddings),
             experts=experts,
+            dense_layers=_dense_layers(fields),
+            absent=family.absent(hf),
         ),
         max_positions=hf.max_position_embeddings,
     )
@@ -165,6 +170,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that we derive are refused."""
     hf, dims = spec.hf, spec.dims
+    own = family_of(spec.architecture).fields(hf)
+    latent = bool(own.get("multi_latent_attention"))
+    config_class = MLATransformerConfig if latent else TransformerConfig
     derived = {
         "num_layers": dims.layers,
         "hidden_size": hf.hidden_size,
@@ -195,13 +203,15 @@ def transformer_config(
         "variable_seq_lengths": parallel.pp > 1,
         "moe_token_dispatcher_type": "alltoall",
         **(_expert_fields(dims, platform) if dims.experts else {}),
-        **family_of(spec.architecture).fields(hf),
+        **own,
     }
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if latent:
+        defaults["apply_rope_fusion"] = False  # has YaRN alone, from cosines in the parameters' precision
+    known = {field.name for field in dataclasses.fields(config_class)}
     for name in native:
         if name not in known:
-            raise OpdError(f"student.megatron.{name}: not a field of the installed TransformerConfig; remove it")
+            raise OpdError(f"student.megatron.{name}: not a field of the installed {config_class.__name__}; remove it")
         if name in derived:
             raise OpdError(f"student.megatron.{name}: follows from the model and student.parallel; remove it")
     unavailable = RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
@@ -211,9 +221,15 @@ def transformer_config(
             "Transformer Engine; take core_attn, mlp or moe"
         )
     try:
-        return TransformerConfig(**as_fused({**derived, **defaults, **native}))
+        return config_class(**as_fused({**derived, **defaults, **native}))
     except (TypeError, ValueError, AssertionError) as error:
         raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
+
+
+def _dense_layers(fields: dict[str, Any]) -> int:
+    """Where layers differ, Megatron's pattern has 1 for those with experts; the others all come before."""
+    pattern = fields.get("moe_layer_freq")
+    return pattern.index(1) if isinstance(pattern, list) else 0
 
 
 def _expert_fields(dims: Dimensions, platform: Platform) -> dict[str, Any]:
@@ -257,14 +273,8 @@ def _build_chunk(
     )
     # transformers rounds the scale to the embeddings' dtype before it multiplies.
     chunk.embedding_scale = torch.tensor(family.embedding_scale(spec.hf)).to(config.params_dtype).item()
-    frequencies = [rope_inverse_frequencies(spec.hf, kind) for kind in rope_parameters(spec.hf)]
-    # The softmax's scale has the factor to cos and sin, of every kind of scaling that the families have.
-    assert config.softmax_scale is not None or all(attention_factor == 1.0 for _, attention_factor in frequencies)
-    inverse_frequencies = torch.stack([each for each, _ in frequencies]).to(platform.device)  # [kinds of layers, head_dim / 2]
-    if len(frequencies) > 1:
-        chunk.rotary_pos_emb = LayerRotary(config, inverse_frequencies, layout.groups.cp)
-    else:
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies[0]
+    if not config.multi_latent_attention:  # whose layers have their own rotary positions, from the config
+        _set_rotary(chunk, spec.hf, layout, platform)
     _correct_attributes(chunk)
     if not with_head and is_last:
         chunk.output_layer = None
@@ -272,8 +282,20 @@ def _build_chunk(
     return chunk if in_place else chunk.to(platform.device)  # parameters without memory (torch's fake mode) cannot be moved
 
 
+def _set_rotary(chunk: HiddenStateModel, hf: PretrainedConfig, layout: ParallelLayout, platform: Platform) -> None:
+    """transformers' own inverse frequencies, in place of Megatron's."""
+    frequencies = [rope_inverse_frequencies(hf, kind) for kind in rope_parameters(hf)]
+    # The softmax's scale has the factor to cos and sin, of every kind of scaling that the families have.
+    assert chunk.config.softmax_scale is not None or all(attention_factor == 1.0 for _, attention_factor in frequencies)
+    inverse_frequencies = torch.stack([each for each, _ in frequencies]).to(platform.device)  # [kinds of layers, head_dim / 2]
+    if len(frequencies) > 1:
+        chunk.rotary_pos_emb = LayerRotary(chunk.config, inverse_frequencies, layout.groups.cp)
+    else:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies[0]
+
+
 def _correct_attributes(chunk: HiddenStateModel) -> None:
-    """What Megatron and Transformer Engine leave out or get wrong of experts' biases and of sinks."""
+    """What Megatron and Transformer Engine leave out or get wrong of experts' biases, of sinks and of routers."""
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             # Each is whole on one rank. Megatron sums the gradients of their biases over the tensor-parallel group, whose ranks
@@ -287,6 +309,8 @@ def _correct_attributes(chunk: HiddenStateModel) -> None:
         if isinstance(module, RowParallelLinear) and module.is_expert:
             # Without expert parallelism its output is a view made by the sum over one rank, to which no bias can be added.
             module.explicit_expert_comm = True
+        if isinstance(module, TopKRouter):
+            module.enable_expert_bias = False  # counts no tokens for an update of the bias; it still takes part in the choice
 
 
 def rotary_fraction(hf: PretrainedConfig) -> float:

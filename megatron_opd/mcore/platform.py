@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-)
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_opd.mcore.attention import PortableCoreAttention, PortableNorm
+from megatron_opd.mcore.latent_attention import PortableLatentAttention
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,35 @@ class Platform:
         """The decoder of a pipeline stage, or of one virtual stage of it."""
         if self.transformer_engine:
             return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
-        layer = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-            normalization=config.normalization,
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
         )
-        parts = layer.submodules
-        if config.num_moe_experts is not None:
-            # The local spec names this norm as part of a dense layer's first product, also where the layer has experts.
-            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
-        attention = parts.self_attention.submodules
-        attention.core_attention = PortableCoreAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = PortableNorm
-        return TransformerBlockSubmodules(
-            layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank), layer_norm=PortableNorm
-        )
+        for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers that are alike share theirs
+            _make_portable(layer, config)
+        return replace(block, layer_norm=PortableNorm)
+
+
+def _make_portable(layer: ModuleSpec, config: TransformerConfig) -> None:
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PortableCoreAttention
+    if config.multi_latent_attention:
+        parts.self_attention.module = PortableLatentAttention
+        # In checkpoints the norms have the names of Transformer Engine's spec, as those of other local layers have.
+        parts.sharded_state_dict_keys_map = {
+            "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+            "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+            **({} if _has_experts(parts.mlp) else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
+        }
+        return
+    if _has_experts(parts.mlp):
+        # The local spec names this norm as part of a dense layer's first product, also where the layer has experts.
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = PortableNorm
+
+
+def _has_experts(mlp: Any) -> bool:
+    """Whether the spec of a layer's second half, which 0.19 has as a partial, builds experts."""
+    return (mlp.func if isinstance(mlp, partial) else mlp.module) is MoELayer

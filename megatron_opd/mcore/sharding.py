@@ -22,6 +22,7 @@ class Dimensions:
     tied: bool
     experts: int = 0  # of each layer that has any; 0: dense
     dense_layers: int = 0  # of a model with experts: the first layers, which have none
+    absent: frozenset[str] = frozenset()  # Megatron names in the family's table that this model does not have
 
 
 class Sharding:
@@ -161,3 +162,4 @@ class Entry:
     layers: Layers = "all"  # that have it, where some layers of a model are dense and others have experts
     expert: int | None = None
     index: int | None = None  # of the expert in stacks of all
+    buffer: bool = False  # a weight that no gradient moves; Megatron keeps it in fp32, and no change of dtype touches it

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.fake_world import FAKE, fake_rank
-from megatron_opd.mcore.hf_mapping import named_parameters
+from megatron_opd.mcore.hf_mapping import named_weights, own_weights
 from megatron_opd.mcore.megatron_lm import arguments, sharded_state
 from megatron_opd.mcore.model import ModelSpec, build_model, transformer_config
 from megatron_opd.mcore.parallel import init_layout
@@ -77,8 +77,8 @@ def blueprint(
         layout = init_layout(alone, seed=0)
         config = transformer_config(spec, alone, platform, dtype, {"perform_initialization": False})
         (chunk,) = build_model(spec, config, layout, platform)
-        canonical = {id(each): name for name, each in named_parameters([chunk], 0).items()}
-        own_names = {name: canonical[id(each)] for name, each in chunk.named_parameters()}
+        canonical = {id(each): name for name, each in named_weights([chunk], 0).items()}
+        own_names = {name: canonical[id(each)] for name, each in own_weights(chunk)}
         state = sharded_state(chunk, metadata)
         apply_factories(state)
         objects = {each.unique_key: each.data for each in state.values() if isinstance(each, ShardedObject)}

@@ -25,11 +25,12 @@ def grouped_sdpa(
 
     Args:
         query: [n, heads, q, d], q = 1 where there is a mask
-        key, value: [n, kv_heads, k, d]
+        key: [n, kv_heads, k, d]
+        value: [n, kv_heads, k, v], v = d but for latent attention
         attention_mask: [n, 1, 1, k] bool
 
     Returns:
-        [n, q, heads, d], and None for the attention weights.
+        [n, q, heads, v], and None for the attention weights.
     """
     if attention_mask is None:
         out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -37,7 +38,7 @@ def grouped_sdpa(
     # All queries of a step see the same columns, so a group's heads can stand where a sequence's positions would.
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # [n, kv_heads, heads / kv_heads, d]
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(len(query), 1, -1, query.shape[-1]), None
+    return out.reshape(len(query), 1, -1, value.shape[-1]), None
 
 
 AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)

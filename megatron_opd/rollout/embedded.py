@@ -170,6 +170,9 @@ def _without_weights(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     _check_attention(config, folder)
     with torch.random.fork_rng(devices=[]):  # the throw-away initial values must not move the run's random state
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=GROUPED_SDPA)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # in fp32 where transformers loads it, whatever dtype
+            buffer.data = buffer.float()
     return model
 
 

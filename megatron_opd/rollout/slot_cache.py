@@ -11,9 +11,9 @@ from transformers import Cache, DynamicCache
 _GROWTH = 1.5
 
 
-def most_bytes(layers: int, slots: int, kv_heads: int, head_dim: int, columns: int, itemsize: int) -> int:
-    """Of a :class:`SlotCache` that has grown to sequences of ``columns`` tokens."""
-    return 2 * layers * slots * kv_heads * int(_GROWTH * columns) * head_dim * itemsize
+def most_bytes(layers: int, slots: int, kv_heads: int, key_and_value: int, columns: int, itemsize: int) -> int:
+    """Of a :class:`SlotCache` that has grown to sequences of ``columns`` tokens; ``key_and_value``: elements of the two."""
+    return layers * slots * kv_heads * int(_GROWTH * columns) * key_and_value * itemsize
 
 
 class SlotCache(Cache):

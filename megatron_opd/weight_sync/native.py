@@ -24,6 +24,7 @@ from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.weight_sync.delivery import Delivery
 from megatron_opd.weight_sync.members import Members, open_store
 
+_FUSED = ("q_a_proj.weight", "kv_a_proj_with_mqa.weight")  # of latent attention, neighbours in the stream
 Bucket = list[tuple[str, Tensor]]  # Hugging Face name, full tensor
 
 
@@ -111,11 +112,13 @@ class Native:
         return flat.nbytes
 
     def _buckets(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-        """Consecutive tensors of at most ``bucket_bytes`` together, or one that is larger."""
+        """Consecutive tensors of at most ``bucket_bytes`` together, or what is larger and cannot be parted."""
         bucket: Bucket = []
         size = 0
         for name, tensor in stream:
-            if bucket and size + tensor.nbytes > self._bucket_bytes:
+            # SGLang fuses the two in one call of its loader, and forgets one that comes without the other.
+            fused = name.endswith(_FUSED[1]) and bucket and bucket[-1][0] == name.replace(_FUSED[1], _FUSED[0])
+            if bucket and size + tensor.nbytes > self._bucket_bytes and not fused:
                 yield bucket
                 bucket, size = [], 0
             bucket.append((name, tensor.detach().clone()))  # the stream may reuse its buffers

@@ -100,6 +100,7 @@ def make_plan(
         shapes = [{name: shape for name, shape in each.items() if not name.endswith("w13_weight")} for each in shapes]
 
     ranks = range(members.tp)
+    _check_attention(shapes[0], members.endpoints[0].url)
     pieces = [
         {tensor.name: piece_of(tensor, shapes[rank], rank, members.tp, dims) for stream in streams for tensor in stream}
         for rank in ranks
@@ -116,6 +117,16 @@ def make_plan(
         [list(unsent(pieces[rank].values(), shapes[rank])) for rank in ranks],
         sum(size for each in first for _, size in each.values()) / len(first),
     )
+
+
+def _check_attention(shapes: Shapes, engine: str) -> None:
+    """SGLang fuses latent attention's projections, and derives others from kv_b_proj, in one call of its own loader alone."""
+    for name in shapes:
+        if name.endswith(".kv_b_proj.weight"):
+            raise EngineError(
+                f"SGLang server {engine}: serves latent attention ({name}), from which SGLang derives weights that are not "
+                "sent one by one; set rollout.weight_sync: native or disk"
+            )
 
 
 def _check_complete(pieces: Iterable[Piece], shapes: Shapes, engine: str) -> None:

@@ -81,6 +81,7 @@ CASES = {
     "ep2 bf16": Case({"ep": 2, "dp": 2}, model="experts", dtype="bfloat16", teacher={}),
     "tp2 sp gemma3 bf16": Case({"tp": 2, **SP}, model="gemma3", dtype="bfloat16"),
     "tp2 sp x ep2 fp32": Case({"tp": 2, "ep": 2, "dp": 2, **SP}, model="experts", teacher={}),
+    "latent attention, ep2 fp32": Case({"ep": 2, "dp": 2}, model="latent", teacher={}),
 }
 SLOW = (
     "dp2 selective recompute",
@@ -90,6 +91,7 @@ SLOW = (
     "tp2 sp x ep2 fp32",
     "tp2 sp gemma3 bf16",
     "dp2 in buckets",
+    "latent attention, ep2 fp32",
 )
 
 
@@ -101,6 +103,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "untied": ("qwen2", {"layers": 6, "hidden": 64}),
         "experts": ("qwen3_moe", {"layers": 4, "hidden": 64}),
         "gemma3": ("gemma3", {"tied": True, "layers": 4, "hidden": 64, "sliding_window": 24, "sliding_window_pattern": 2}),
+        "latent": ("deepseek_v3", {"layers": 4, "hidden": 64}),
         "teacher": ("llama", {"layers": 4}),
     }
     for name, (arch, sizes) in kinds.items():

@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3 moe": {"arch": "qwen3_moe"},
     "gemma3, tied": {"arch": "gemma3", "tied": True, "sliding_window": 5, "sliding_window_pattern": 2},
     "gpt-oss": {"arch": "gpt_oss"},
+    "deepseek v3": {"arch": "deepseek_v3"},
 }
 
 

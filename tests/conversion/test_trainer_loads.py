@@ -17,7 +17,7 @@ from tests.mcore.test_megatron_lm import frozen_weights, read_as_megatron_lm, sa
 from tests.mcore.training import Case, save_after, train_steps
 from tests.worker_pool import WorkerPool
 
-EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss")
+EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss", "deepseek v3")
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
@@ -27,7 +27,7 @@ LAYOUTS = {
 }
 FAST = {
     *(("qwen3", "tp2"), ("llama, tied, sharded", "pp2"), ("qwen2", "tp1"), ("phi3", "tp2")),
-    *(("qwen3 moe", "ep2"), ("gpt-oss", "ep2")),
+    *(("qwen3 moe", "ep2"), ("gpt-oss", "ep2"), ("deepseek v3", "tp2 sp x ep2")),
 }
 
 

@@ -19,7 +19,7 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.fake_world import fake_rank
 from megatron_opd.mcore.hf_export import Export
-from megatron_opd.mcore.hf_mapping import named_parameters
+from megatron_opd.mcore.hf_mapping import named_weights
 from megatron_opd.mcore.megatron_lm import find_checkpoint, load_megatron_lm
 from megatron_opd.mcore.model import build_model, model_spec, transformer_config
 from megatron_opd.mcore.parallel import init_layout
@@ -51,7 +51,7 @@ def parameters(folder: Path, transformer_engine: bool) -> Parameters:
     with fake_rank(1, 2):
         layout = init_layout(parallel, seed=0)
         config = transformer_config(spec, parallel, fake, torch.float32, {"perform_initialization": False})
-        named = named_parameters(build_model(spec, config, layout, fake), layout.ep_rank * (experts // layout.ep_size))
+        named = named_weights(build_model(spec, config, layout, fake), layout.ep_rank * (experts // layout.ep_size))
         return Parameters(places, {name: tuple(parameter.shape) for name, parameter in named.items()})
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
@@ -41,6 +43,16 @@ GEMMA3: dict[str, Any] = {
     },
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+YARN_OF_DEEPSEEK = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.2,
+}
 # 101 rows are not divisible by 2, and head_dim 16 x 4 heads is not the hidden size 32.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
@@ -66,8 +78,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral, YaRN": {"arch": "mixtral", "rope_scaling": YARN},
     "qwen3 moe, YaRN": {"arch": "qwen3_moe", "rope_scaling": YARN},
     "gpt-oss": {"arch": "gpt_oss"},
+    "deepseek v3": {"arch": "deepseek_v3"},
+    "deepseek v3, yarn": {
+        "arch": "deepseek_v3",
+        "rope_scaling": YARN_OF_DEEPSEEK,
+        "tied": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
-EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss")
+if Version(megatron.core.__version__) < Version("0.19"):  # which refuses it
+    whole_queries = {"heads": 6, "q_lora_rank": None, "first_k_dense_replace": 0}
+    MODELS["deepseek v3, whole queries"] = {"arch": "deepseek_v3", **whole_queries}
+DEEPSEEK = tuple(name for name in MODELS if "deepseek" in name)
+FAST_DEEPSEEK = (*((name, "tp1") for name in DEEPSEEK), ("deepseek v3", "ep2 x tp2 sp"))
+EXPERTS = ("mixtral", "qwen3 moe", "gpt-oss", *DEEPSEEK)
 LAYOUTS = {
     "tp1": ParallelConfig(),
     "tp2": ParallelConfig(tp=2),
@@ -79,13 +104,13 @@ LAYOUTS = {
 }
 
 
-def cases(*models: str) -> list[tuple[str, str]]:
+def cases(*models: str) -> list[Any]:
     """Models with the layouts that they have: experts take tensor parallelism together with expert parallelism only.
 
     No layout touches YaRN.
     """
     return [
-        (m, n)
+        pytest.param(m, n, marks=pytest.mark.slow if m in DEEPSEEK and (m, n) not in FAST_DEEPSEEK else [])
         for m in models
         for n in LAYOUTS
         if n == "tp1" or ("YaRN" not in m and (n == "pp2" or (m in EXPERTS) == ("ep2" in n)))

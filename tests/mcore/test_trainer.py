@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _pytest.mark import ParameterSet
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_opd.config import ParallelConfig
-from megatron_opd.hf_folder import HFFolder
+from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
 from megatron_opd.types import Source
 from tests.conftest import Table
 from tests.mcore.training import (
@@ -113,7 +113,7 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
     """Loss terms and gradients in fp64 by autograd over full logits, one sequence at a time; nothing of the losses package."""
     # The grouped product of experts has no fp64.
     policy = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64, experts_implementation="eager")
-    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64, experts_implementation="eager")
     rollouts = make_rollouts(0, policy.config.vocab_size)
     objective, counts = case.objective, dict.fromkeys(Source, 0)
     for rollout in rollouts:
@@ -149,8 +149,17 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
         + objective.gold_weight * sums["gold"]
     )
     loss.backward()
-    grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
-    return {name: value.item() for name, value in {**sums, "loss": loss}.items()}, grads
+    return {name: value.item() for name, value in {**sums, "loss": loss}.items()}, _gradients(policy)
+
+
+@torch.no_grad()
+def _gradients(policy: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By a checkpoint's names, which are found for the gradients in the parameters' places."""
+    for parameter in policy.parameters():
+        assert parameter.grad is not None
+        parameter.copy_(parameter.grad)
+    others = {name for name, _ in policy.named_buffers()} | ({"lm_head.weight"} if policy.config.tie_word_embeddings else set())
+    return {name: tensor for name, tensor in checkpoint_tensors(policy).items() if name not in others}
 
 
 @pytest.mark.parametrize(

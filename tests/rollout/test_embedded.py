@@ -50,7 +50,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMod
 
 @pytest.mark.parametrize(
     ("arch", "tied", "kv_heads", "scaled"),
-    [("llama", False, 2, False), ("llama", True, 4, True), ("qwen2", True, 1, False), ("qwen3", False, 2, False)],
+    [
+        ("llama", False, 2, False),
+        ("llama", True, 4, True),
+        ("qwen2", True, 1, False),
+        ("qwen3", False, 2, False),
+        ("deepseek_v3", False, 4, False),
+    ],
 )
 def test_log_probs_equal_a_dense_forward_pass(tmp_path: Path, arch: Arch, tied: bool, kv_heads: int, scaled: bool) -> None:
     model = make_model(tmp_path, arch, tied=tied, kv_heads=kv_heads, rope_scaling=LLAMA3_ROPE if scaled else None)

@@ -13,10 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_opd.data import load_tokenizer
+from megatron_opd.hf_folder import checkpoint_tensors
 from megatron_opd.rollout import EmbeddedEngine
 from megatron_opd.types import OpdError
 from tests.rollout.requests import requests, sampling
 from tests.tiny_models import make_model
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def _engine(folder: Path, *, load: bool = False, dtype: torch.dtype = torch.float32) -> EmbeddedEngine:
@@ -26,6 +29,18 @@ def _engine(folder: Path, *, load: bool = False, dtype: torch.dtype = torch.floa
 
 def _named(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_routers_bias_stays_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+    make_model(tmp_path / "config", "deepseek_v3", seed=1)
+    weights = checkpoint_tensors(make_model(tmp_path / "weights", "deepseek_v3", seed=2))
+    engine = _engine(tmp_path / "config", dtype=dtype)
+    engine.load_weights(weights.items(), version=1)
+    rollouts = engine.generate(requests(6), sampling())
+    expected = _engine(tmp_path / "weights", load=True, dtype=dtype).generate(requests(6), sampling())
+    assert [(r.response_ids, r.log_probs) for r in rollouts] == [(r.response_ids, r.log_probs) for r in expected]
+    assert torch.equal(engine._model.get_buffer(BIAS), weights[BIAS])
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from megatron_opd.mcore.hf_export import TensorInfo
 from megatron_opd.mcore.sharding import Dimensions
+from megatron_opd.sglang.client import EngineError
 from megatron_opd.sglang.engine_side.opd_weights import Receiver, digest
+from megatron_opd.weight_sync.native import Native
 from megatron_opd.weight_sync.pieces import Piece, piece_of, unsent
-from megatron_opd.weight_sync.plan import Parcel, buckets
+from megatron_opd.weight_sync.plan import Parcel, _check_attention, buckets
 
 HIDDEN, HEAD = 12, 3
 MLP, ATTENTION = "model.layers.0.mlp", "model.layers.0.self_attn"
@@ -74,6 +77,20 @@ def test_attention_keeps_whole_query_groups(tp: int, groups: int, kind: str) -> 
         mine = sorted({head * groups // 8 for head in heads})
         expected = [q.unflatten(0, (8, HEAD))[list(heads)], *(each.unflatten(0, (groups, HEAD))[mine] for each in (k, v))]
         assert torch.equal(fused, torch.cat([each.flatten(0, 1) for each in expected]))
+
+
+def test_latent_attention_is_left_to_sglangs_own_ways() -> None:
+    shapes = {f"{ATTENTION}.fused_qkv_a_proj_with_mqa.weight": [5, HIDDEN], f"{ATTENTION}.kv_b_proj.weight": [8, 4]}
+    with pytest.raises(EngineError, match=r"latent attention.*weight_sync: native or disk"):
+        _check_attention(shapes, "http://engine")
+
+
+def test_projections_that_sglang_fuses_go_in_one_call() -> None:
+    names = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")
+    stream = [(f"{ATTENTION}.{name}.weight", torch.zeros(3, 2)) for name in names]
+    trainer, first_rank = cast(Any, None), cast(Any, None)
+    native = Native(trainer, first_rank, host="", backend="gloo", bucket_bytes=24, timeout=1.0)
+    assert [[name.split(".")[-2] for name, _ in bucket] for bucket in native._buckets(stream)] == [[*names[:2]], [names[2]]]
 
 
 @pytest.mark.parametrize(("tp", "padded"), [(1, 10), (2, 10), (2, 16), (4, 32)])

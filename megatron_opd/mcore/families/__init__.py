@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_opd.mcore.families.deepseek import DEEPSEEK_V3
 from megatron_opd.mcore.families.experts import MIXTRAL, QWEN3_MOE
 from megatron_opd.mcore.families.family import EMBEDDING, LM_HEAD, Family
 from megatron_opd.mcore.families.gemma import GEMMA3
@@ -22,6 +23,7 @@ FAMILIES = {  # by architectures[0] of config.json
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Gemma3ForCausalLM": GEMMA3,
     "GptOssForCausalLM": GPT_OSS,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }
 _REFUSED = {  # with the reason
     "Gemma2ForCausalLM": "it softcaps logits and attention scores, which the loss and flash attention do not",

@@ -16,6 +16,7 @@ from megatron_opd.mcore.sharding import Entry, Layers, Sharding, Vocabulary
 WITH_YARN = ("default", "linear", "llama3", "yarn")  # of rope_kinds, where fields has those of :func:`yarn`
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
 FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Sharding())
+LAYER = "decoder.layers.{i}."  # what the Megatron names of a layer's entries begin with
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), Vocabulary())
 
 
@@ -31,6 +32,7 @@ class Family:
         partial_rotary: whether ``partial_rotary_factor`` leaves the rest of each head without positions.
         change_layer: gives a layer of either spec, in place, the parts that Megatron's has not; with the spec's class of norms.
         embedding_scale: of the embeddings on their way into the first layer.
+        absent: Megatron names of entries whose tensors a model of this config.json does not have.
     """
 
     table: tuple[Entry, ...]
@@ -41,12 +43,13 @@ class Family:
     partial_rotary: bool = False
     change_layer: Callable[[ModuleSpec, type], None] = lambda layer, norm: None
     embedding_scale: Callable[[PretrainedConfig], float] = lambda hf: 1.0
+    absent: Callable[[PretrainedConfig], frozenset[str]] = lambda hf: frozenset()
 
 
-def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:
+def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all", buffer: bool = False) -> Entry:
     """A tensor of each layer; names within it."""
     names = tuple(f"model.layers.{{i}}.{name}" for name in hf)
-    return Entry(f"decoder.layers.{{i}}.{megatron}", names, sharding, layers)
+    return Entry(f"{LAYER}{megatron}", names, sharding, layers, buffer=buffer)
 
 
 def window(hf: PretrainedConfig) -> dict[str, Any]:
