@@ -76,8 +76,6 @@ def make_model(
 ) -> PreTrainedModel:
     """Write a random fp32 model and its tokenizer (words w5, w6, ... unless given) to ``folder``; returns the model.
 
-    Weights are large enough that logits spread over several nats, norms and biases are random: a wrong or missing tensor shows.
-
     Args:
         fields: more of config.json.
     """
@@ -98,6 +96,17 @@ def make_model(
         **({} if rope_scaling is None else {"rope_scaling": rope_scaling}),
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomise(model, seed)
+    if max_shard_size is None:
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer(folder, vocab_words or [f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size)])
+    return model
+
+
+def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Weights large enough that logits spread over several nats, random norms and biases: a wrong or missing tensor shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,9 +115,3 @@ def make_model(
                 parameter.copy_(noise * 2 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.2 * noise)
-    if max_shard_size is None:
-        model.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    make_tokenizer(folder, vocab_words or [f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size)])
-    return model

@@ -32,7 +32,7 @@ LOCAL_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 def entries(architecture: str, dims: Dimensions) -> Iterator[Entry]:
     """The table with layer numbers filled in, in an order that is the same on every rank. Raises OpdError."""
     for entry in family_of(architecture).table:
-        if entry is LM_HEAD and dims.tied:
+        if (entry is LM_HEAD and dims.tied) or (entry.bias and not dims.biases):
             continue
         if "{i}" not in entry.megatron:
             yield entry

@@ -145,6 +145,7 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
             padded_vocab_size=padded_vocab_size(hf.vocab_size, parallel.tp),
             tied=bool(hf.tie_word_embeddings),
             experts=experts,
+            biases=bool(family.fields(hf).get("add_bias_linear")),
         ),
         max_positions=hf.max_position_embeddings,
     )

@@ -22,6 +22,7 @@ class Dimensions:
     tied: bool
     experts: int = 0  # of each layer that has any; 0: dense
     dense_layers: int = 0  # of a model with experts: the first layers, which have none
+    biases: bool = False  # whether all linear layers have one
 
 
 class Sharding:
@@ -137,3 +138,4 @@ class Entry:
     sharding: Sharding
     layers: Layers = "all"  # that have it, where some layers of a model are dense and others have experts
     expert: int | None = None
+    bias: bool = False  # there only where all linear layers have one

@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
     "llama, tied": {"arch": "llama", "tied": True},
     "llama, llama3 RoPE": {"arch": "llama", "rope_scaling": LLAMA3_ROPE},
+    "llama, all biases": {"arch": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2 (qkv bias)": {"arch": "qwen2", "hidden": 64},
     "qwen2, tied": {"arch": "qwen2", "hidden": 64, "tied": True},
     "qwen3 (qk norm)": {"arch": "qwen3"},

@@ -35,10 +35,10 @@ class Family:
     partial_rotary: bool = False
 
 
-def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all") -> Entry:
+def layer(megatron: str, sharding: Sharding, *hf: str, layers: Layers = "all", bias: bool = False) -> Entry:
     """A tensor of each layer; names within it."""
     names = tuple(f"model.layers.{{i}}.{name}" for name in hf)
-    return Entry(f"decoder.layers.{{i}}.{megatron}", names, sharding, layers)
+    return Entry(f"decoder.layers.{{i}}.{megatron}", names, sharding, layers, bias=bias)
 
 
 def window(hf: PretrainedConfig) -> dict[str, Any]:

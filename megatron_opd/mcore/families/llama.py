@@ -24,6 +24,12 @@ ATTENTION = (
     layer("pre_mlp_layernorm.weight", Sharding(), "post_attention_layernorm.weight"),
 )
 QKV_BIAS = (layer("self_attention.linear_qkv.bias", QKV(), *(f"{name}.bias" for name in PROJECTIONS)),)
+BIASES = (
+    layer("self_attention.linear_qkv.bias", QKV(), *(f"{name}.bias" for name in PROJECTIONS), bias=True),
+    layer("self_attention.linear_proj.bias", Sharding(), "self_attn.o_proj.bias", bias=True),
+    layer("mlp.linear_fc1.bias", GatedMLP(), "mlp.gate_proj.bias", "mlp.up_proj.bias", bias=True),
+    layer("mlp.linear_fc2.bias", Sharding(), "mlp.down_proj.bias", bias=True),
+)
 QK_NORM = (
     layer("self_attention.q_layernorm.weight", Sharding(), "self_attn.q_norm.weight"),
     layer("self_attention.k_layernorm.weight", Sharding(), "self_attn.k_norm.weight"),
@@ -39,15 +45,23 @@ def decoder(*parts: tuple[Entry, ...]) -> tuple[Entry, ...]:
     return (EMBEDDING, *(entry for part in parts for entry in part), FINAL_NORM, LM_HEAD)
 
 
+def _llama_biases(hf: PretrainedConfig) -> tuple[bool, bool]:
+    """Of query, key, value and output projections; of the MLP."""
+    fields = hf.to_dict()
+    return bool(fields.get("attention_bias")), bool(fields.get("mlp_bias"))
+
+
 def _llama_refusals(hf: PretrainedConfig) -> list[str]:
-    return other_activation(hf) + flags_set(hf, "attention_bias", "mlp_bias")
+    attention, mlp = _llama_biases(hf)
+    one = f"sets attention_bias={attention} and mlp_bias={mlp}; Megatron has biases in all of these layers or in none"
+    return other_activation(hf) + ([one] if attention != mlp else [])
 
 
 def qwen_refusals(hf: PretrainedConfig) -> list[str]:
     return other_activation(hf) + flags_set(hf, "attention_bias")
 
 
-LLAMA = Family(decoder(ATTENTION, MLP), refusals=_llama_refusals)
+LLAMA = Family(decoder(ATTENTION, MLP, BIASES), lambda hf: {"add_bias_linear": all(_llama_biases(hf))}, _llama_refusals)
 MISTRAL = Family(decoder(ATTENTION, MLP), window, other_activation)
 QWEN2 = Family(decoder(ATTENTION, QKV_BIAS, MLP), lambda hf: {"add_qkv_bias": True, **window(hf)}, qwen_refusals)
 QWEN3 = Family(decoder(ATTENTION, QK_NORM, MLP), lambda hf: {"qk_layernorm": True, **window(hf)}, qwen_refusals)
