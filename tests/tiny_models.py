@@ -111,8 +111,6 @@ def make_model(
 ) -> PreTrainedModel:
     """Write a random fp32 model and its tokenizer (words w5, w6, ... unless given) to ``folder``; returns the model.
 
-    Weights are large enough that logits spread over several nats, norms and biases are random: a wrong or missing tensor shows.
-
     Args:
         fields: more of config.json.
     """
@@ -131,11 +129,24 @@ def make_model(
         **({} if rope_scaling is None else {"rope_scaling": rope_scaling}),
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomise(model, seed)
+    if max_shard_size is None:
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer(folder, vocab_words or [f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size)])
+    return model
+
+
+def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Weights large enough that logits spread over several nats, random norms and biases: a wrong or missing tensor shows."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if arch == "gpt_oss" and parameter.dim() == 3:  # [E, in, out]; large enough for the clamp of the gate
+            if (
+                model.config.model_type == "gpt_oss" and parameter.dim() == 3
+            ):  # [E, in, out]; large enough for the clamp of the gate
                 parameter.copy_(noise * 4 / parameter.shape[1] ** 0.5)
             elif parameter.dim() >= 2:
                 parameter.copy_(noise * 2 / parameter.shape[-1] ** 0.5)
@@ -144,9 +155,3 @@ def make_model(
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # wide enough to change which experts are chosen
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
-    if max_shard_size is None:
-        model.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    make_tokenizer(folder, vocab_words or [f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size)])
-    return model

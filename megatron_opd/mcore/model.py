@@ -208,6 +208,8 @@ def transformer_config(
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
     if latent:
         defaults["apply_rope_fusion"] = False  # has YaRN alone, from cosines in the parameters' precision
+    if dims.experts and derived["add_bias_linear"]:
+        defaults["bias_dropout_fusion"] = False  # which Transformer Engine's grouped experts refuse beside biases
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in native:
         if name not in known:

@@ -17,6 +17,7 @@ from tools.convert import main
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
     "llama, tied, sharded": {"arch": "llama", "tied": True, "max_shard_size": "20KB"},
+    "llama, biases": {"arch": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"arch": "qwen2", "hidden": 64},
     "qwen3": {"arch": "qwen3"},
     "qwen2, window": {"arch": "qwen2", "hidden": 64, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

@@ -62,6 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral, YaRN": {"arch": "mistral", "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
     "qwen2, YaRN": {"arch": "qwen2", "hidden": 64, "rope_scaling": {**YARN, "attention_factor": 1.7}},
     "qwen3, YaRN": {"arch": "qwen3", "rope_scaling": {**YARN, "beta_fast": 4.0, "truncate": False}},
+    "llama, all biases": {"arch": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2 (qkv bias)": {"arch": "qwen2", "hidden": 64},
     "qwen2, tied": {"arch": "qwen2", "hidden": 64, "tied": True},
     "qwen3 (qk norm)": {"arch": "qwen3"},

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +209,44 @@ def _assert_step_matches_the_oracle(pool: WorkerPool, models: tuple[str, str], c
             assert (gradient - expected_gradients[name]).norm() <= 2e-5 * expected_gradients[name].norm(), name
         norm = torch.stack([g.norm() for g in expected_gradients.values()]).norm().item()
         assert math.isclose(stats.grad_norm, norm, rel_tol=1e-5)
+
+
+# With the layouts in which each family's own parts matter: fused tensors and biases that are split, windows that ranks share.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "phi3": {"arch": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 6},
+    "llama, biases": {"arch": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"arch": "mistral", "sliding_window": 5},
+    "qwen2, window": {"arch": "qwen2", "hidden": 64, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3, window": {"arch": "qwen3", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+}
+FAMILY_LAYOUTS = {"tp1": P(), "tp2": P(tp=2), "tp2 sp": P(tp=2, **SP), "cp2": P(cp=2), "tp2 sp x cp2": P(tp=2, cp=2, **SP)}
+FAST_FAMILIES = {("phi3", "tp2 sp"), ("phi3", "cp2"), ("llama, biases", "tp2 sp"), ("qwen3, window", "cp2")}
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(family, layout, marks=[] if (family, layout) in FAST_FAMILIES else pytest.mark.slow)
+        for family in FAMILIES
+        for layout in FAMILY_LAYOUTS
+    ],
+)
+def test_gradients_of_each_family_match_the_dense_oracle(
+    pool: WorkerPool, tmp_path: Path, table: Table, family: str, layout: str
+) -> None:
+    make_model(tmp_path / "student", **FAMILIES[family])
+    make_model(tmp_path / "teacher", "llama", hidden=64, seed=2)
+    folders = str(tmp_path / "student"), str(tmp_path / "teacher")
+    case = Case(FAMILY_LAYOUTS[layout], objective=replace(STABLE_OPD, opd="forward_kl"), max_tokens=64)
+    expected, expected_gradients = oracle(*folders, case)
+    for stats, actual in pool.run(case.world_size, gradients, *folders, case):
+        assert math.isclose(stats.terms.loss, expected["loss"], rel_tol=1e-5)
+        errors = {name: _norm({name: actual[name] - g}) / _norm({name: g}) for name, g in expected_gradients.items()}
+        assert set(actual) == set(errors)
+        assert max(errors.values()) <= 2e-5, max(errors, key=errors.__getitem__)
+    table.add(
+        "gradients of families, relative L2 to the dense oracle's", f"{family:16} {layout:12}", f"{max(errors.values()):.1e}"
+    )
 
 
 @pytest.fixture(scope="module")

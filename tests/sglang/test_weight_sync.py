@@ -151,6 +151,22 @@ def test_stacked_and_padded_parameters_go_in_parts_too(
         assert torch.allclose(torch.tensor(rollout.log_probs, dtype=torch.float64), expected, atol=1e-4)
 
 
+def test_tensors_that_are_fused_in_the_checkpoint_arrive_too(pool: WorkerPool, tmp_path: Path) -> None:
+    """An engine of two ranks splits them as its own loader does."""
+    folder = tmp_path / "phi3"
+    make_model(folder, "phi3", layers=2, hidden=64, seed=7, max_positions=256, partial_rotary_factor=0.75)
+    server = Server(spec(folder, tmp_path / "phi3.log", 2))
+    try:
+        server.wait_until_ready(START_UP_SECONDS)
+        push = Push(str(folder), (endpoint_of(server),), 2, ParallelConfig(tp=2), "collective")
+        rollouts, _ = pool.run(2, push_and_generate, push, SAMPLING)[0]
+    finally:
+        server.stop()
+    for rollout in rollouts:
+        expected = log_probs(folder, rollout, SAMPLING)
+        assert torch.allclose(torch.tensor(rollout.log_probs, dtype=torch.float64), expected, atol=1e-4)
+
+
 @pytest.fixture
 def pair(model: Path, tmp_path: Path) -> Iterator[list[Server]]:
     """Two servers of their own, to be hurt."""

@@ -28,6 +28,12 @@ ATTENTION = (
     layer("pre_mlp_layernorm.weight", Sharding(), "post_attention_layernorm.weight"),
 )
 QKV_BIAS = (layer("self_attention.linear_qkv.bias", QKV(), *(f"{name}.bias" for name in PROJECTIONS)),)
+BIASES = (
+    layer("self_attention.linear_qkv.bias", QKV(), *(f"{name}.bias" for name in PROJECTIONS)),
+    layer("self_attention.linear_proj.bias", Sharding(), "self_attn.o_proj.bias"),
+    layer("mlp.linear_fc1.bias", GatedMLP(), "mlp.gate_proj.bias", "mlp.up_proj.bias"),
+    layer("mlp.linear_fc2.bias", Sharding(), "mlp.down_proj.bias"),
+)
 QK_NORM = (
     layer("self_attention.q_layernorm.weight", Sharding(), "self_attn.q_norm.weight"),
     layer("self_attention.k_layernorm.weight", Sharding(), "self_attn.k_norm.weight"),
@@ -47,15 +53,29 @@ def windows_and_yarn(hf: PretrainedConfig) -> dict[str, Any]:
     return {**window(hf), **yarn(hf)}
 
 
+def _llama_biases(hf: PretrainedConfig) -> tuple[bool, bool]:
+    """Of query, key, value and output projections; of the MLP."""
+    fields = hf.to_dict()
+    return bool(fields.get("attention_bias")), bool(fields.get("mlp_bias"))
+
+
 def _llama_refusals(hf: PretrainedConfig) -> list[str]:
-    return other_activation(hf) + flags_set(hf, "attention_bias", "mlp_bias")
+    attention, mlp = _llama_biases(hf)
+    one = f"sets attention_bias={attention} and mlp_bias={mlp}; Megatron has biases in all of these layers or in none"
+    return other_activation(hf) + ([one] if attention != mlp else [])
 
 
 def qwen_refusals(hf: PretrainedConfig) -> list[str]:
     return other_activation(hf) + flags_set(hf, "attention_bias")
 
 
-LLAMA = Family(decoder(ATTENTION, MLP), yarn, _llama_refusals, rope_kinds=WITH_YARN)
+LLAMA = Family(
+    decoder(ATTENTION, MLP, BIASES),
+    lambda hf: {"add_bias_linear": all(_llama_biases(hf)), **yarn(hf)},
+    _llama_refusals,
+    rope_kinds=WITH_YARN,
+    absent=lambda hf: frozenset() if all(_llama_biases(hf)) else frozenset(entry.megatron for entry in BIASES),
+)
 MISTRAL = Family(decoder(ATTENTION, MLP), windows_and_yarn, other_activation, rope_kinds=WITH_YARN)
 QWEN2 = Family(
     decoder(ATTENTION, QKV_BIAS, MLP),

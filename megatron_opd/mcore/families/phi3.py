@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_opd.mcore.families.family import Family, layer, other_activation, window
+from megatron_opd.mcore.families.family import Family, flags_set, layer, other_activation, window
 from megatron_opd.mcore.families.llama import decoder
 from megatron_opd.mcore.sharding import FusedGatedMLP, FusedQKV, Row, Sharding
 
@@ -16,4 +16,4 @@ LAYERS = (
 )
 
 # Its dropouts (resid_pdrop, embd_pdrop, attention_dropout) act in training alone, which here has none.
-PHI3 = Family(decoder(LAYERS), window, other_activation, partial_rotary=True)
+PHI3 = Family(decoder(LAYERS), window, lambda hf: other_activation(hf) + flags_set(hf, "attention_bias"), partial_rotary=True)
