@@ -84,20 +84,20 @@ def _make_portable(layer: ModuleSpec, config: TransformerConfig) -> None:
     parts.input_layernorm = parts.pre_mlp_layernorm = PortableNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PortableCoreAttention
+    # In checkpoints norms have the names of Transformer Engine's spec, which Megatron's own map gets wrong for experts.
     if config.multi_latent_attention:
         parts.self_attention.module = PortableLatentAttention
-        # In checkpoints the norms have the names of Transformer Engine's spec, as those of other local layers have.
-        parts.sharded_state_dict_keys_map = {
+        keys = {
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
             "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
-            **({} if _has_experts(parts.mlp) else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
         }
-        return
-    if _has_experts(parts.mlp):
-        # The local spec names this norm as part of a dense layer's first product, also where the layer has experts.
-        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = PortableNorm
+    else:
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = PortableNorm
+    if not _has_experts(parts.mlp):  # before experts the norm is fused with nothing
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    parts.sharded_state_dict_keys_map = keys
 
 
 def _has_experts(mlp: Any) -> bool:

@@ -12,6 +12,7 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import model_spec
+from megatron_opd.mcore.torch_dist import WeightReader
 from tests.conversion.folders import FAMILIES, convert, identical, make, tensors
 from tests.mcore.test_megatron_lm import frozen_weights, read_as_megatron_lm, save_as_megatron_lm, weights_from_megatron_lm
 from tests.mcore.training import Case, save_after, train_steps
@@ -83,6 +84,28 @@ def test_any_layout_and_padding_of_megatron_lm_comes_back_unpadded(pool: WorkerP
     assert convert("to-hf", saved, tmp_path / "back", "--hf", model) == 0
     assert identical(tensors(model), tensors(tmp_path / "back"))
     assert convert("verify", saved, model) == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", *EXPERTS])
+def test_norms_have_the_names_of_transformer_engines_spec(tmp_path: Path, family: str) -> None:
+    """Which fuses a norm into the linear layer behind it, but for the one before experts."""
+    model = make(tmp_path / "model", **FAMILIES[family])
+    assert convert("to-megatron", model, tmp_path / "megatron") == 0
+    keys = WeightReader(tmp_path / "megatron" / "release").tensors
+    norms = {key.split("layers.")[1].lstrip("0123456789.") for key in keys if "norm" in key and "layers." in key}
+    own = {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"} if "qwen3" in family else set()
+    expected = {
+        "qwen3": {"self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"},
+        "deepseek v3": {
+            "input_layernorm.weight",
+            "self_attention.linear_q_up_proj.layer_norm_weight",
+            "self_attention.linear_kv_up_proj.layer_norm_weight",
+            "mlp.linear_fc1.layer_norm_weight",  # of the dense layer
+            "pre_mlp_layernorm.weight",
+        },
+    }
+    experts = {"self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight"}
+    assert norms == expected.get(family, experts) | own
 
 
 def test_experts_of_an_expert_parallel_run_come_back(pool: WorkerPool, tmp_path: Path) -> None:
