@@ -46,12 +46,12 @@ def quantize_to_fp8(chunks: Sequence[HiddenStateModel], layout: ParallelLayout) 
     from modelopt.torch.utils.distributed import ParallelState
 
     nobody = -1  # ModelOpt's name for no group
-    for module in (module for chunk in chunks for module in chunk.modules()):
-        # ModelOpt would take the student's groups, which are Megatron's global ones.
+    for name, module in (named for chunk in chunks for named in chunk.named_modules()):
+        # ModelOpt would take the student's groups, which are Megatron's global ones. Each expert is whole on its rank.
         if isinstance(module, SequentialMLP):
             module.parallel_state = ParallelState(nobody, nobody, nobody)
-        elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            module._parallel_state = ParallelState(nobody, layout.tp)
+        elif next(module.parameters(recurse=False), None) is not None:  # local linear layers, or Transformer Engine's
+            module._parallel_state = ParallelState(nobody, nobody if ".experts." in name else layout.tp)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for chunk in chunks:
