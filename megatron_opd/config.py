@@ -74,6 +74,7 @@ class TeacherConfig(_Section):
     # On the same ranks; null: the student's. sglang: tp alone, of the server; null: rollout.tp.
     parallel: ParallelConfig | None = None
     offload: bool = False  # the weights wait in host memory while the model does not score
+    quantize: Literal["fp8"] | None = None  # ModelOpt holds the weights of the linear layers in FP8: half of bf16's memory
 
 
 class ReferenceConfig(_Section):
@@ -81,6 +82,7 @@ class ReferenceConfig(_Section):
     load: str | None = None  # a checkpoint of Megatron-LM; its weights in place of those in `model`
     parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
     offload: bool = False  # the weights wait in host memory while the model does not score
+    quantize: Literal["fp8"] | None = None  # as a teacher's
 
 
 class SamplingConfig(_Section):
@@ -281,6 +283,12 @@ class Config(_Section):
             own["reference"] = self.reference.parallel
         shared = student.model_copy(update={"vpp": 1})
         return {"student": student, **{section: parallel or shared for section, parallel in own.items()}}
+
+    def quantizes(self, section: str) -> bool:
+        """Whether the frozen model in ``section`` is held in FP8."""
+        if section == "reference":
+            return self.reference is not None and self.reference.quantize is not None
+        return any(teacher_key(name) == section and each.quantize is not None for name, each in self.all_teachers.items())
 
     @property
     def objective(self) -> Objective:

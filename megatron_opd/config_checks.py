@@ -173,7 +173,7 @@ def _check_served_teacher(config: Config, key: str, teacher: TeacherConfig) -> N
             f"{key}.backend: sglang, but rollout.placement is colocated, and the servers sleep while the teacher scores; "
             f"{remedy}, or start the servers elsewhere and set {key}.urls"
         )
-    ignored = {"load": teacher.load is not None, "offload": teacher.offload}
+    ignored = {"load": teacher.load is not None, "offload": teacher.offload, "quantize": teacher.quantize is not None}
     for name, used in ignored.items():
         if used:
             raise OpdError(f"{key}.{name}: set, but {key}.backend=sglang serves {key}.model as it is; remove it")

@@ -18,10 +18,12 @@ from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
+from megatron_opd.mcore.frozen_fp8 import check_fp8
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.quantization import require_modelopt
 from megatron_opd.sglang.client import read_key
 from megatron_opd.sglang.router import ids_to_exclude
 from megatron_opd.sglang.server import check_arguments
@@ -96,6 +98,9 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
     models = Models(student, teachers, reference, student_spec, student_config, {}, served)
     specs = {section: model_spec(folder, config.layouts[section], section) for section, folder in models.frozen.items()}
     models = replace(models, frozen_specs=specs)
+    for section, spec in specs.items():
+        if config.quantizes(section):
+            check_fp8(spec, config.layouts[section], section)
     if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
         raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {models.vocab_size} ids; lower it")
     return models
@@ -109,6 +114,8 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     if config.student.init == "pretrained":
         _check_weights(student, models.student_spec, "student", found)
     for section, folder in models.frozen.items():
+        if config.quantizes(section):
+            require_modelopt(f"{section}.quantize", "fp8")
         _check_weights(folder, models.frozen_specs[section], section, found)
     for name in models.served:
         _check_served(config.all_teachers[name], teachers[name], teacher_key(name))

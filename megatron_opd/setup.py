@@ -165,5 +165,16 @@ def _build_scorer(
     parallel = config.layouts[section]
     checkpoint = inputs.megatron_checkpoints.get(section)
     return MegatronScorer(
-        FrozenModel(folder, section, parallel, layout, platform, dtype, padded, checkpoint=checkpoint, offload=offload)
+        FrozenModel(
+            folder,
+            section,
+            parallel,
+            layout,
+            platform,
+            dtype,
+            padded,
+            checkpoint=checkpoint,
+            offload=offload,
+            fp8=config.quantizes(section),
+        )
     )

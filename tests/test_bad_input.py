@@ -218,6 +218,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         both(put("teacher.backend", "sglang"), put("teacher.offload", True)),
         ["teacher.offload", "teacher.backend=sglang", "remove it"],
     ),
+    "quantised served teacher": (
+        both(put("teacher.backend", "sglang"), put("teacher.quantize", "fp8")),
+        ["teacher.quantize", "teacher.backend=sglang", "remove it"],
+    ),
     "loaded served teacher": (
         both(put("teacher.backend", "sglang"), load_from("teacher")),
         ["teacher.load", "teacher.backend=sglang", "remove it"],

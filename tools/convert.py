@@ -3,7 +3,8 @@
 ``compare-tokenizers STUDENT TEACHER``: whether a run accepts the two.
 
 Bit for bit; each process holds two or three times the largest parameter, whatever the model's size. After a kill the same
-command goes on with the files that are not finished.
+command goes on with the files that are not finished. ``to-hf --quantize`` exports with ModelOpt, which needs the whole model in
+memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_opd.config import ParallelConfig
+from megatron_opd.quantization import EXPORT_FORMATS
 from megatron_opd.types import OpdError
 
 _SHOWN = 20  # differences
@@ -25,12 +27,13 @@ _SHOWN = 20  # differences
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: done, equal or compatible; 1: it is not; 2: not done, one line on stderr says why."""
     options = _parser().parse_args(arguments)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     # Megatron's modules are built without memory, on CPU, with patches that must not meet a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     try:
-        return _run(options)
+        return _run(options, gpus)
     except KeyboardInterrupt:
         _say("interrupted" if options.command == "verify" else "interrupted; the same command goes on from here")
         return 130
@@ -68,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--processes", type=int, metavar="N", help="default: as many as there are cores, up to 8")
     for axis in ("tp", "pp", "ep"):
         commands.choices["to-megatron"].add_argument(f"--{axis}", type=int, default=1, help="layout to prepare for")
+    quantized = commands.choices["to-hf"]
+    quantized.add_argument("--quantize", choices=EXPORT_FORMATS, help="with ModelOpt; SRC may be a Hugging Face folder too")
+    quantized.add_argument("--calibration", type=Path, metavar="JSONL", help="the run's prompts; for fp8 and nvfp4")
+    quantized.add_argument("--calibration-samples", type=int, default=512, metavar="512", help="how many of them")
     compare = commands.add_parser("compare-tokenizers", help="ids, special and end tokens of two models; 1: a run refuses them")
     _add_folders(compare, "STUDENT", "TEACHER")
     return parser
@@ -78,7 +85,7 @@ def _add_folders(command: argparse.ArgumentParser, source: str, target: str) -> 
     command.add_argument("target", metavar=target, type=Path)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, gpus: str | None) -> int:
     if options.command == "compare-tokenizers":
         return _compare_tokenizers(options.source, options.target)
     # Imported late: torch must not see a GPU.
@@ -86,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from megatron_opd.conversion.convert import Work, to_hf, to_megatron
     from megatron_opd.conversion.progress import Progress
+    from megatron_opd.conversion.quantize import Quantization, to_quantized_hf
     from megatron_opd.conversion.workers import default_processes
 
     def start(total: int) -> Callable[[int], None]:
@@ -104,7 +112,14 @@ def _run(options: argparse.Namespace) -> int:
     if shard_bytes <= 0:
         raise OpdError(f"--shard-gb: {options.shard_gb} is not positive; give the size of the largest file in GB")
     work = Work(shard_bytes, processes, start, _say)
-    if options.command == "to-hf":
+    if options.command == "to-hf" and options.quantize:
+        if dtype is torch.float32:
+            raise OpdError("--dtype: float32, but SGLang's quantised kernels take bfloat16 or float16; give one of them")
+        asked = Quantization(options.quantize, options.calibration, options.calibration_samples, gpus)
+        to_quantized_hf(options.source, options.target, options.hf, dtype or torch.bfloat16, work, asked)
+    elif options.command == "to-hf":
+        if options.calibration is not None:
+            raise OpdError(f"--calibration: {options.calibration}, but nothing is quantised; remove it or add --quantize")
         to_hf(options.source, options.target, options.hf, dtype, work)
     else:
         to_megatron(options.source, options.target, _layout(options), dtype, work)

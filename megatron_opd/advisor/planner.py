@@ -108,7 +108,7 @@ class Planner:
         place = rank.stage(parallel) == 0, rank.stage(parallel) == parallel.pp - 1, rank.world_size
         model = str(models.frozen[section].path), config.student.dtype, parallel.model_dump_json()
         size = self._once(
-            ("frozen", *model, place, workload.lengths),
+            ("frozen", *model, place, workload.lengths, config.quantizes(section)),
             lambda: frozen_bytes(config, spec, section, rank, workload.lengths, self.kernels),
         )
         return Frozen(size, head_bytes(config, models.student_spec, spec, rank), _offloaded(config, section))

@@ -21,6 +21,7 @@ from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.mcore.fake_world import FAKE, fake_rank, shallow
 from megatron_opd.mcore.frozen import build_frozen
+from megatron_opd.mcore.frozen_fp8 import fp8_bytes
 from megatron_opd.mcore.fused_stand_ins import FUSED_FIELDS, fuse
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, dtype_of, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, init_layout
@@ -172,11 +173,13 @@ def frozen_bytes(
 
     with fake_rank(rank.number, rank.world_size), _running(kernels):
         layout = init_layout(parallel, config.run.seed)
-        weights = _storages(parameter for chunk in build(FAKE, layout) for parameter in chunk.parameters())
+        whole = build(FAKE, layout)
+        weights = sum(_storages(parameter for chunk in whole for parameter in chunk.parameters()).values())
+        saved, product = fp8_bytes(each for chunk in whole for each in chunk.modules()) if config.quantizes(section) else (0, 0)
         # Each layer leaves the memory that it used to the next; where some are dense and some not, all are there.
-        (chunk,) = build(FAKE if spec.dims.dense_layers else shallow(3), layout)
+        (chunk,) = whole if spec.dims.dense_layers else build(shallow(3), layout)
         _use(chunk, kernels)
-        return FrozenBytes(sum(weights.values()), scoring_pass(chunk, lengths, layout))
+        return FrozenBytes(weights - saved, product + scoring_pass(chunk, lengths, layout))
 
 
 def head_bytes(config: Config, student: ModelSpec, frozen: ModelSpec, rank: Rank) -> int:

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from megatron_opd.config import ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
+from megatron_opd.mcore.frozen_fp8 import quantize_to_fp8
 from megatron_opd.mcore.megatron_lm import load_head, load_megatron_lm
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, load_pretrained, model_spec, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, frozen_layout
@@ -58,6 +59,7 @@ class FrozenModel:
         *,
         checkpoint: Path | None = None,
         offload: bool = False,
+        fp8: bool = False,
     ) -> None:
         """Collective over the world.
 
@@ -67,6 +69,7 @@ class FrozenModel:
             checkpoint: of Megatron-LM, whose weights are taken in place of those in ``folder``.
             student_padded_vocab: the student's vocabulary rows over all of its tensor-parallel ranks.
             offload: the weights of the layers wait in host memory outside :meth:`on_device`.
+            fp8: the linear layers are held in FP8, once they are loaded; :func:`~.frozen_fp8.check_fp8` has passed.
         """
         self.student, self.platform, self.dtype = student, platform, dtype
         self.layout = frozen_layout(parallel, student, section)
@@ -76,6 +79,8 @@ class FrozenModel:
             load_pretrained(self.chunks, self.spec, folder, self.layout)
         else:
             load_megatron_lm(self.chunks, checkpoint, f"{section}.load")
+        if fp8:
+            quantize_to_fp8(self.chunks, self.layout)
         self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], on the student's last stage only
         rows = student_padded_vocab // student.tp_size
         if checkpoint is not None:
