@@ -46,7 +46,7 @@ def _refusals(hf: PretrainedConfig) -> list[str]:
     fields = hf.to_dict()
     refusals = other_activation(hf)
     if fields.get("quantization_config"):
-        method = fields["quantization_config"]["quant_method"]
+        method = fields["quantization_config"].get("quant_method")
         refusals.append(
             f"has weights of {method}, which cannot be trained; load the model with transformers as "
             "Mxfp4Config(dequantize=True) in bfloat16, save it with save_pretrained, and give that folder"
