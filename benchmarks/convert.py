@@ -3,8 +3,9 @@
     python -m benchmarks.convert [--processes 2 --layers 8 --shard-mb 128 --folder DIR]
 
 The copy has as many processes, which take one file after the other, and the converter's own digest (BLAKE2b). Copy and
-conversions alternate within each repeat; the median of the ratios of their rates is printed. The source is in the system's
-cache for both. What a conversion does once, whatever the model's size (the model's plan), counts as its time, and is printed.
+conversions alternate within each repeat; the median of the ratios of their rates is printed, and all of them. On a machine with
+other load the ratio of processor times tells more. The source is in the system's cache for both. What a conversion does once,
+whatever the model's size (the model's plan), counts as its time, and is printed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import Work, to_hf, to_megatron
 from megatron_opd.conversion.workers import Report, default_processes, share
 
-BLOCK = 1 << 22  # bytes
+BLOCK = 1 << 20  # bytes; as the converter digests and writes
 
 
 def main() -> None:
@@ -73,43 +75,59 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _measure(folder: Path, processes: int, shard_bytes: int, repeats: int) -> None:
-    model, megatron, back = folder / "model", folder / "megatron", folder / "back"
-    nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    model, megatron, copied = folder / "model", folder / "megatron", folder / "copy"
+    files = list(model.glob("*.safetensors"))
+    nbytes = sum(file.stat().st_size for file in files)
     started: list[float] = []  # when a conversion begins to read
 
     def start(_: int) -> Report:
         started.append(time.perf_counter())
         return lambda _: None
 
+    def copy() -> None:
+        _copy(model, copied, processes)
+
     work = Work(shard_bytes, processes, start, lambda _: None)
-    seconds: dict[str, list[float]] = {"copy": [], "to-megatron": [], "to-hf": []}
+    conversions: dict[str, Callable[[], None]] = {
+        "to-megatron": lambda: to_megatron(model, megatron, ParallelConfig(), None, work),
+        "to-hf": lambda: to_hf(megatron, folder / "back", None, None, work),
+    }
+    copies: dict[str, list[Seconds]] = {name: [] for name in conversions}
+    own: dict[str, list[Seconds]] = {name: [] for name in conversions}
     plans = []
-    for _ in range(repeats):
-        for name, action in (
-            ("copy", lambda: _copy(model, folder / "copy", processes)),
-            ("to-megatron", lambda: to_megatron(model, megatron, ParallelConfig(), None, work)),
-            ("to-hf", lambda: to_hf(megatron, back, None, None, work)),
-        ):
-            begin = time.perf_counter()
-            seconds[name].append(_seconds(action))
-            if name == "to-megatron":
-                plans.append(started[-1] - begin)
-        for name in ("copy", "megatron", "back"):
-            shutil.rmtree(folder / name)
-    rates = {name: nbytes / 1e6 / statistics.median(each) for name, each in seconds.items()}
-    files = len(list(model.glob("*.safetensors")))
-    print(f"{nbytes / 1e9:.2f} GB in {files} files, {processes} processes: copy {rates['copy']:.0f} MB/s")
-    for name in ("to-megatron", "to-hf"):
-        ratio = statistics.median(floor / own for floor, own in zip(seconds["copy"], seconds[name], strict=True))
-        print(f"  {name}: {rates[name]:.0f} MB/s, {ratio:.2f} of the copy")
-    print(f"  of to-megatron's time, {statistics.median(plans):.2f} s until it reads")
+    for repeat in range(repeats):
+        for name, convert in conversions.items():
+            # In turns the first, which may find the disk and the system's cache otherwise than the second.
+            for action, seconds in ((copy, copies), (convert, own))[:: 1 if repeat % 2 else -1]:
+                begin = time.perf_counter()
+                seconds[name].append(_seconds(action))
+                if action is convert:
+                    plans.append(started[-1] - begin)
+            shutil.rmtree(copied)
+        shutil.rmtree(megatron)
+        shutil.rmtree(folder / "back")
+    print(f"{nbytes / 1e9:.2f} GB in {len(files)} files, {processes} processes; {statistics.median(plans):.2f} s for a plan")
+    for name in conversions:
+        rate = nbytes / 1e6 / statistics.median(each.wall for each in own[name])
+        pairs = list(zip(copies[name], own[name], strict=True))
+        print(
+            f"  {name}: {rate:.0f} MB/s, {statistics.median(a.wall / b.wall for a, b in pairs):.2f} of the copy's rate "
+            f"({', '.join(f'{a.wall / b.wall:.2f}' for a, b in pairs)}); by processor time alone "
+            f"{statistics.median(a.processor / b.processor for a, b in pairs):.2f}"
+        )
 
 
-def _seconds(action: Callable[[], object]) -> float:
+@dataclass(frozen=True)
+class Seconds:
+    wall: float
+    processor: float  # of all processes
+
+
+def _seconds(action: Callable[[], object]) -> Seconds:
     os.sync()  # what others have written is no part of it
-    start = time.perf_counter()
+    start, before = time.perf_counter(), sum(os.times()[:4])
     action()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - start, sum(os.times()[:4]) - before)
 
 
 def _copy(source: Path, target: Path, processes: int) -> None:
