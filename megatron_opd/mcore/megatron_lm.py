@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import LATEST, root_cause
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
-from megatron_opd.mcore.layer_rotary import rope_parameters
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
+from megatron_opd.mcore.rotary import rope_parameters
 from megatron_opd.types import OpdError
 
 _WITHOUT_COMMON_FILE = Version("0.19")

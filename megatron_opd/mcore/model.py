@@ -20,16 +20,15 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
 from megatron_opd.mcore.activations import as_fused
 from megatron_opd.mcore.families import family_of
 from megatron_opd.mcore.hf_mapping import load_weights
-from megatron_opd.mcore.layer_rotary import LayerRotary, rope_parameters
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.rotary import rope_parameters, rotary_fraction, set_rotary
 from megatron_opd.mcore.sharding import Dimensions
 from megatron_opd.types import OpdError, PackedBatch
 
@@ -276,24 +275,12 @@ def _build_chunk(
     # transformers rounds the scale to the embeddings' dtype before it multiplies.
     chunk.embedding_scale = torch.tensor(family.embedding_scale(spec.hf)).to(config.params_dtype).item()
     if not config.multi_latent_attention:  # whose layers have their own rotary positions, from the config
-        _set_rotary(chunk, spec.hf, layout, platform)
+        set_rotary(chunk, spec.hf, layout.groups.cp, platform.device)
     _correct_attributes(chunk)
     if not with_head and is_last:
         chunk.output_layer = None
     in_place = all(parameter.device == platform.device for parameter in chunk.parameters())
     return chunk if in_place else chunk.to(platform.device)  # parameters without memory (torch's fake mode) cannot be moved
-
-
-def _set_rotary(chunk: HiddenStateModel, hf: PretrainedConfig, layout: ParallelLayout, platform: Platform) -> None:
-    """transformers' own inverse frequencies, in place of Megatron's."""
-    frequencies = [rope_inverse_frequencies(hf, kind) for kind in rope_parameters(hf)]
-    # The softmax's scale has the factor to cos and sin, of every kind of scaling that the families have.
-    assert chunk.config.softmax_scale is not None or all(attention_factor == 1.0 for _, attention_factor in frequencies)
-    inverse_frequencies = torch.stack([each for each, _ in frequencies]).to(platform.device)  # [kinds of layers, head_dim / 2]
-    if len(frequencies) > 1:
-        chunk.rotary_pos_emb = LayerRotary(chunk.config, inverse_frequencies, layout.groups.cp)
-    else:
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies[0]
 
 
 def _correct_attributes(chunk: HiddenStateModel) -> None:
@@ -313,24 +300,6 @@ def _correct_attributes(chunk: HiddenStateModel) -> None:
             module.explicit_expert_comm = True
         if isinstance(module, TopKRouter):
             module.enable_expert_bias = False  # counts no tokens for an update of the bias; it still takes part in the choice
-
-
-def rotary_fraction(hf: PretrainedConfig) -> float:
-    """Of each head's dimensions, the first, which positions turn. Every kind of layer has the same."""
-    return float(next(iter(rope_parameters(hf).values())).get("partial_rotary_factor", 1.0))
-
-
-def rope_inverse_frequencies(hf: PretrainedConfig, kind: str | None = None) -> tuple[Tensor, float]:
-    """[rotary dimensions / 2] fp32 of one kind of layers, and a factor to cos and sin, as transformers computes them."""
-    parameters = rope_parameters(hf)[kind]
-    rope_type = parameters["rope_type"]
-    if rope_type == "default":
-        head_dim = hf.to_dict().get("head_dim") or hf.hidden_size // hf.num_attention_heads
-        dim = int(head_dim * rotary_fraction(hf))
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-    inverse_frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"), layer_type=kind)
-    return inverse_frequencies, attention_factor
 
 
 def load_pretrained(chunks: Sequence[HiddenStateModel], spec: ModelSpec, folder: HFFolder, layout: ParallelLayout) -> None:

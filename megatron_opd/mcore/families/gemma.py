@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 from megatron_opd.mcore.activations import gelu_tanh
 from megatron_opd.mcore.families.family import Family, flags_set, layer, other_activation, window
 from megatron_opd.mcore.families.llama import MLP, PROJECTIONS, QK_NORM, decoder
-from megatron_opd.mcore.layer_rotary import rotate_by_kind
 from megatron_opd.mcore.output_norm import norm_outputs
+from megatron_opd.mcore.rotary import rotate_by_kind
 from megatron_opd.mcore.sharding import QKV, Row, Sharding
 
 ATTENTION = (
