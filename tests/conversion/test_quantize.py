@@ -38,6 +38,7 @@ CASES = [
     pytest.param(family, name, marks=[] if (family, name) in FAST else pytest.mark.slow)
     for family in FAMILIES
     for name in EXPORT_FORMATS
+    if family != "qwen2" or name == "int8"  # which needs no prompts: transformers reads the tiny tokenizer as Qwen2's, wrongly
 ]
 
 
@@ -98,7 +99,7 @@ def test_exported_weights_are_the_originals_within_the_formats_error(
         exact = exact.bfloat16()
         if stored[key].dtype == torch.bfloat16:
             assert torch.equal(stored[key], exact)
-            assert "proj" not in key and ".w1." not in key
+            assert key.endswith("bias") or not ("proj" in key or ".w1." in key)
             continue
         assert stored[key].dtype == WEIGHT[name]
         value, error = dequantised(stored, key, name)
@@ -182,7 +183,7 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_left(tmp_path: Path,
 def test_a_size_that_nvfp4_cannot_cut_into_blocks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make(tmp_path / "model", arch="qwen3", hidden=24, head_dim=8)
     line = refusal(capsys, "to-hf", source, tmp_path / "out", "--quantize", "nvfp4", "--calibration", prompts(tmp_path))
-    assert all(word in line for word in ("nvfp4", "16", "take another format")), line
+    assert all(word in line for word in ("nvfp4", "not divisible", "take another format")), line
     assert {path.name for path in tmp_path.iterdir()} == {"model", "prompts.jsonl"}
 
 

@@ -28,9 +28,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         r"RoPE scaling 'dynamic' is not supported \(its frequencies depend on a sequence's length\)",
     ),
     "YaRN": (
-        "qwen2",
+        "phi3",
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-        r"RoPE scaling 'yarn' is not supported",
+        r"RoPE scaling 'yarn' is not supported \(it scales queries and keys too\)",
     ),
     "LongRoPE": (
         "phi3",
