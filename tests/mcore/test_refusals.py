@@ -15,6 +15,7 @@ from tests.conversion.folders import edit_config
 from tests.tiny_models import make_model
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases of attention alone": (
         "llama",
@@ -28,8 +29,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         r"RoPE scaling 'dynamic' is not supported \(its frequencies depend on a sequence's length\)",
     ),
     "YaRN": (
-        "phi3",
-        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        "gemma3",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
         r"RoPE scaling 'yarn' is not supported \(it scales queries and keys too\)",
     ),
     "LongRoPE": (
@@ -50,6 +51,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_refusals_name_key_value_and_reason(tmp_path: Path, case: str) -> None:
     arch, fields, message = CASES[case]
     make_model(tmp_path, arch)  # type: ignore[arg-type]
-    edit_config(tmp_path, rope_parameters=None, **fields)
+    edit_config(tmp_path, **{"rope_parameters": None, **fields})
     with pytest.raises(OpdError, match=message):
         model_spec(HFFolder(tmp_path), ParallelConfig(), "student")
