@@ -18,12 +18,14 @@ from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
+from megatron_opd.mcore.families.family import window
 from megatron_opd.mcore.frozen_fp8 import check_fp8
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.quantization import require_modelopt
+from megatron_opd.rollout.embedded import check_attention
 from megatron_opd.sglang.client import read_key
 from megatron_opd.sglang.router import ids_to_exclude
 from megatron_opd.sglang.server import check_arguments
@@ -31,6 +33,11 @@ from megatron_opd.types import OpdError, Prompt, Tokenizer
 
 # Positions of a context that SGLang gives to no prompt; in a request to score, the response is part of the prompt.
 _KEPT_BY_SGLANG = 7
+# Architectures whose sliding windows SGLang 0.5.21 leaves out.
+_WITHOUT_WINDOW = {
+    *("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,11 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
     specs = {section: model_spec(folder, config.layouts[section], section) for section, folder in models.frozen.items()}
     models = replace(models, frozen_specs=specs)
     for section, spec in specs.items():
+        transformer_config(spec, config.layouts[section], platform, dtype_of(config), {}, section)
         if config.quantizes(section):
             check_fp8(spec, config.layouts[section], section)
+    if config.rollout.backend == "sglang" and student_config.multi_latent_attention:
+        _check_latent_attention(config)
     if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
         raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {models.vocab_size} ids; lower it")
     return models
@@ -119,6 +129,14 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         _check_weights(folder, models.frozen_specs[section], section, found)
     for name in models.served:
         _check_served(config.all_teachers[name], teachers[name], teacher_key(name))
+        _check_window(config, models, teachers[name], teacher_key(name))
+    if config.rollout.backend == "sglang":
+        _check_window(config, models, student, "student")
+    elif config.samples:
+        check_attention(student.config, str(student.path))
+        for name, folder in teachers.items() if config.mixture.teacher else ():
+            if name not in models.served:
+                check_attention(folder.config, str(folder.path))
 
     if config.rollout.router is not None and (excluded := student.config.vocab_size - vocab_size) > 0:
         raise OpdError(ids_to_exclude(config.rollout.router, excluded))
@@ -242,6 +260,27 @@ def _check_served(teacher: TeacherConfig, folder: HFFolder, section: str) -> Non
         read_key(f"{section}.api_key_file", teacher.api_key_file)
     if not teacher.urls:
         folder.check_files()
+
+
+def _check_latent_attention(config: Config) -> None:
+    ways = ("disk",) if config.rollout.placement == "colocated" else ("native", "disk")
+    if config.rollout.weight_sync not in ways:
+        raise OpdError(
+            f"rollout.weight_sync: {config.rollout.weight_sync}, but SGLang derives weights of the student's latent attention "
+            f"in its own loader alone; set it to {' or '.join(ways)}"
+        )
+
+
+def _check_window(config: Config, models: Models, folder: HFFolder, section: str) -> None:
+    """SGLang computes some families without the sliding window that config.json gives them, and says nothing."""
+    if folder.architecture not in _WITHOUT_WINDOW or not (fields := window(folder.config)):
+        return
+    seen, longest = fields["window_size"][0] + 1, min(models.max_positions, config.data.max_context or models.max_positions)
+    if longest > seen:
+        raise OpdError(
+            f"{section}.model: {folder.path / 'config.json'} has a sliding window of {seen} tokens, which SGLang leaves out of "
+            f"{folder.architecture}, and sequences may have {longest}; set data.max_context={seen}"
+        )
 
 
 def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFolder], HFFolder | None]:

@@ -143,6 +143,14 @@ def smaller_teacher(folder: Path, config: dict[str, Any]) -> None:
     config["teacher"]["model"] = str(folder / "smaller")
 
 
+def latent_student(folder: Path, config: dict[str, Any]) -> None:
+    make_model(folder / "latent", "deepseek_v3", vocab_size=53)
+    config["student"] |= {"model": str(folder / "latent"), "parallel": {}}
+
+
+WINDOW = edit_json(
+    "student/config.json", use_sliding_window=True, sliding_window=8, layer_types=["full_attention", "sliding_attention"]
+)
 CASES: dict[str, tuple[Change, list[str]]] = {
     "misspelt key": (put("loss.refrence_kl", 0.1), ["loss.refrence_kl", "unknown key", "reference_kl"]),
     "unknown section": (put("rolout", {}), ["rolout", "unknown key", "rollout"]),
@@ -379,6 +387,19 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
     "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),
     "derived Megatron field": (put("student.megatron", {"hidden_size": 8}), ["student.megatron.hidden_size"]),
+    "Megatron field that changes the model": (
+        put("student.megatron", {"softmax_scale": 1.0}),
+        ["student.megatron.softmax_scale", "follows from the model", "remove"],
+    ),
+    "window in the embedded engine": (WINDOW, ["sliding_window: 8", "embedded engine", "rollout.backend=sglang"]),
+    "window that SGLang leaves out": (
+        both(WINDOW, attached("http://127.0.0.1:1")),
+        ["student.model", "window of 8 tokens", "Qwen3ForCausalLM", "data.max_context=8"],
+    ),
+    "latent attention in SGLang": (
+        both(latent_student, attached("http://127.0.0.1:1")),
+        ["rollout.weight_sync: auto", "latent attention", "native or disk"],
+    ),
     "warm-up longer than the run": (put("optimizer.warmup_steps", 6), ["optimizer.warmup_steps", "run.steps=6"]),
 }
 

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import CheckpointWrite, RankWriter, checkpoint_name, read_state, root_cause
-from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION, arguments, check_readable
+from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION, arguments, check_readable, tensor_sizes
 from megatron_opd.mcore.model import ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.trainer import Trainer
@@ -32,6 +32,7 @@ _METADATA = {
 }
 # 0.19 would have an extension write; the writer that both versions have is Megatron's own.
 _WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+_NORM_BEFORE_EXPERTS = "pre_mlp_layernorm.weight"
 # What the config of the resumed run decides: Megatron would restore it from the checkpoint, and ignore a lowered learning rate.
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
 
@@ -66,6 +67,11 @@ def check_checkpoint(path: Path, spec: ModelSpec, seed: int) -> int:
             f"checkpoint {path}: made with run.seed={content['seed']}, not {seed}; set that seed, or another run.dir"
         )
     check_readable(path, "checkpoint.resume")
+    if spec.dims.experts and not any(key.endswith(_NORM_BEFORE_EXPERTS) for key in tensor_sizes(path)):
+        raise OpdError(
+            f"checkpoint {path}: of an earlier version, in which {_NORM_BEFORE_EXPERTS} had another name; take another "
+            "run.dir, and for student.model the run's hf folder, if there is one"
+        )
     return int(content["state"]["step"])
 
 

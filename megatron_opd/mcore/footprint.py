@@ -147,7 +147,7 @@ def chunk_passes(
             return training_pass(chunk, lengths, layout)
 
     def of_all_layers(number: int, layers: int) -> PassBytes:
-        unit = _equal_layers(native)
+        unit = _equal_layers(native, kernels)
         if whole or unit is None or layers % unit or layers <= 3 * unit:
             return measure(number, None)
         return measure(number, 3 * unit).after(measure(number, 2 * unit), layers // unit - 3)
@@ -241,10 +241,10 @@ def _use(chunk: HiddenStateModel, kernels: Kernels) -> None:
         fuse(chunk)
 
 
-def _equal_layers(config: TransformerConfig) -> int | None:
+def _equal_layers(config: TransformerConfig, kernels: Kernels) -> int | None:
     """How many layers take the same memory again and again; None: they differ."""
-    if isinstance(config.moe_layer_freq, list):
-        return None
+    if isinstance(config.moe_layer_freq, list) or (kernels == "local" and isinstance(config.window_attn_skip_freq, list)):
+        return None  # some have experts; some keep the mask of a window
     if config.recompute_granularity != "full":
         return 1
     return config.recompute_num_layers if config.recompute_method == "uniform" else None

@@ -11,6 +11,7 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import megatron.core
 import torch
@@ -51,7 +52,8 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         kv_channels=config.kv_channels,
         seq_length=spec.max_positions,
         max_position_embeddings=spec.max_positions,
-        position_embedding_type="yarn" if rope["rope_type"] == "yarn" else "rope",
+        # Latent attention has YaRN by its own rope_type, from the fields below.
+        position_embedding_type="yarn" if rope["rope_type"] == "yarn" and not config.multi_latent_attention else "rope",
         add_position_embedding=False,
         use_rotary_position_embeddings=True,
         rotary_base=rope["rope_theta"],
@@ -107,8 +109,24 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         no_save_optim=False,
         no_save_rng=True,
         multi_latent_attention=config.multi_latent_attention,
-        **(_latent_attention(config) if config.multi_latent_attention else {}),
+        **(_latent_attention(config) if config.multi_latent_attention else _yarn(rope)),
     )
+
+
+def _yarn(rope: dict[str, Any]) -> dict[str, object]:
+    """What Megatron-LM's own YaRN goes by; nothing for other kinds."""
+    if rope["rope_type"] != "yarn":
+        return {}
+    both = bool(rope.get("mscale") and rope.get("mscale_all_dim"))  # one without the other does not count in transformers
+    return {
+        "yarn_rotary_scaling_factor": rope["factor"],
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_beta_fast": rope.get("beta_fast") or 32.0,
+        "yarn_beta_slow": rope.get("beta_slow") or 1.0,
+        "yarn_mscale": rope["mscale"] if both else 1.0,
+        "yarn_mscale_all_dim": rope["mscale_all_dim"] if both else 0.0,
+        "yarn_correction_range_round_to_int": rope.get("truncate", True),
+    }
 
 
 def _latent_attention(config: MLATransformerConfig) -> dict[str, object]:
@@ -148,7 +166,7 @@ def check_readable(path: Path, key: str) -> None:
 
 def check_weights(path: Path, spec: ModelSpec, key: str) -> None:
     """The checkpoint is of this model, as far as its index tells. Raises OpdError."""
-    sizes = _sizes(path)
+    sizes = tensor_sizes(path)
     hidden, dims = int(spec.hf.hidden_size), spec.dims
     embedding = sizes.get(EMBEDDING.megatron)
     if embedding is None:
@@ -216,6 +234,7 @@ def sharded_state(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[
     return state
 
 
-def _sizes(path: Path) -> dict[str, tuple[int, ...]]:
+def tensor_sizes(path: Path) -> dict[str, tuple[int, ...]]:
+    """By key in the file, without regard to layers where one key holds all."""
     index = FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in index.items() if isinstance(entry, TensorStorageMetadata)}

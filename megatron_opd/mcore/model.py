@@ -38,6 +38,14 @@ _ROPE_REASONS = {
     "longrope": "its factors depend on a sequence's length",
     "yarn": "it scales queries and keys too",
 }
+# Fields of TransformerConfig that say what is computed: families set them where config.json asks for it, nobody else may.
+_COMPUTED = {
+    *("softmax_scale", "softmax_type", "window_size", "window_attn_skip_freq"),
+    *("layernorm_zero_centered_gamma", "qk_layernorm", "add_qkv_bias", "rotary_interleaved", "multi_latent_attention"),
+    *("glu_linear_offset", "activation_func_clamp_value", "num_moe_experts", "moe_layer_freq", "moe_ffn_hidden_size"),
+    *("moe_router_topk", "moe_router_topk_scaling_factor", "moe_router_score_function", "moe_router_pre_softmax"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_shared_expert_intermediate_size", "moe_router_enable_expert_bias"),
+}
 RECOMPUTED_BY_TE = {"layernorm", "moe_act", "mla_up_proj"}  # of recompute_modules: Megatron imports TE to recompute them
 
 
@@ -165,9 +173,17 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
 
 
 def transformer_config(
-    spec: ModelSpec, parallel: ParallelConfig, platform: Platform, dtype: torch.dtype, native: dict[str, Any]
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    platform: Platform,
+    dtype: torch.dtype,
+    native: dict[str, Any],
+    section: str = "student",
 ) -> TransformerConfig:
-    """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that we derive are refused."""
+    """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that say what is computed are refused.
+
+    ``section`` of the config is named in errors (OpdError).
+    """
     hf, dims = spec.hf, spec.dims
     own = family_of(spec.architecture).fields(hf)
     latent = bool(own.get("multi_latent_attention"))
@@ -204,16 +220,20 @@ def transformer_config(
         **(_expert_fields(dims, platform) if dims.experts else {}),
         **own,
     }
+    if dims.experts and derived["add_bias_linear"]:
+        derived["bias_dropout_fusion"] = False  # which Transformer Engine's grouped experts refuse beside biases
+    if parallel.cp > 1 and ("window_size" in own or "softmax_type" in own):
+        derived["cp_comm_type"] = "a2a"  # the only way in which Transformer Engine has windows and sinks of packed sequences
+        if platform.transformer_engine:
+            _check_all_to_all(dims, parallel, section)
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
     if latent:
         defaults["apply_rope_fusion"] = False  # has YaRN alone, from cosines in the parameters' precision
-    if dims.experts and derived["add_bias_linear"]:
-        defaults["bias_dropout_fusion"] = False  # which Transformer Engine's grouped experts refuse beside biases
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in native:
         if name not in known:
             raise OpdError(f"student.megatron.{name}: not a field of the installed {config_class.__name__}; remove it")
-        if name in derived:
+        if name in derived or name in _COMPUTED:
             raise OpdError(f"student.megatron.{name}: follows from the model and student.parallel; remove it")
     unavailable = RECOMPUTED_BY_TE.intersection(native.get("recompute_modules") or ())
     if unavailable and not platform.transformer_engine:
@@ -222,9 +242,20 @@ def transformer_config(
             "Transformer Engine; take core_attn, mlp or moe"
         )
     try:
-        return config_class(**as_fused({**derived, **defaults, **native}))
+        return config_class(**as_fused({**defaults, **derived, **native}))
     except (TypeError, ValueError, AssertionError) as error:
-        raise OpdError(f"student.megatron: refused by Megatron ({' '.join(str(error).split())})") from error
+        key = "student.megatron" if section == "student" and native else f"{section}.model"
+        raise OpdError(f"{key}: refused by Megatron ({' '.join(str(error).split())})") from error
+
+
+def _check_all_to_all(dims: Dimensions, parallel: ParallelConfig, section: str) -> None:
+    """Each rank of cp gets whole heads of whole sequences."""
+    for name, heads in (("num_attention_heads", dims.heads), ("num_key_value_heads", dims.query_groups)):
+        if heads // parallel.tp % parallel.cp:
+            raise OpdError(
+                f"{section}.parallel.cp: {parallel.cp} does not divide {name}/tp={heads // parallel.tp}, as sliding windows "
+                "and attention sinks need; choose a cp that does"
+            )
 
 
 def _dense_layers(fields: dict[str, Any]) -> int:

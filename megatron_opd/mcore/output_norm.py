@@ -29,10 +29,13 @@ def _followed_by(norm: type, linear: Any) -> type:
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
-
-        def forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-            """[T, 1, in/tp] to [T, 1, out], or [T/tp, 1, out] under sequence parallelism; no bias."""
-            output, bias = super().forward(rows)
-            return self.post_layernorm(output), bias
+            # Not by a forward of its own: ModelOpt knows the linear layers that it quantises by theirs.
+            self.register_forward_hook(_norm_output)
 
     return NormedLinear
+
+
+def _norm_output(module: Any, _: Any, result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """[T, 1, out], or [T/tp, 1, out] under sequence parallelism, and no bias: the same, normed."""
+    output, bias = result
+    return module.post_layernorm(output), bias

@@ -143,7 +143,7 @@ class EmbeddedEngine:
 def _pretrained(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM  # transformers' annotation leaves out output_loading_info
     try:
-        _check_attention(AutoConfig.from_pretrained(folder), folder)
+        check_attention(AutoConfig.from_pretrained(folder), folder)
         model, info = loader.from_pretrained(
             folder,
             dtype=dtype,
@@ -167,7 +167,7 @@ def _without_weights(folder: str, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise OpdError(f"{folder}: no config.json that transformers can read ({_one_line(error)}); give one") from error
-    _check_attention(config, folder)
+    check_attention(config, folder)
     with torch.random.fork_rng(devices=[]):  # the throw-away initial values must not move the run's random state
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=GROUPED_SDPA)
     for name, buffer in model.named_buffers():
@@ -176,7 +176,7 @@ def _without_weights(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _check_attention(config: PretrainedConfig, folder: str) -> None:
+def check_attention(config: PretrainedConfig, folder: str) -> None:
     """What the engine's own attention would leave out without a word. Raises OpdError."""
     fields = config.to_dict()
     found = f"sliding_window: {fields['sliding_window']}" if fields.get("sliding_window") is not None else None
