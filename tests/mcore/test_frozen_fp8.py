@@ -46,7 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "dense", "qwen3", hidden=128, layers=4, seed=3)
     make_model(folder / "experts", "qwen3_moe", hidden=64, seed=4)
-    return {name: folder / name for name in ("dense", "experts")}
+    make_model(folder / "gemma3", "gemma3", hidden=64, tied=True, sliding_window=5, sliding_window_pattern=2, seed=5)
+    return {name: folder / name for name in ("dense", "experts", "gemma3")}
 
 
 def hold(
@@ -58,7 +59,8 @@ def hold(
         states = model.hidden_states([packed(SEQUENCES)])
         tensors = [*model.parameters(), *(each for chunk in model.chunks for each in chunk.decoder.buffers())]
         weights = sum(each.nbytes for each in tensors)
-    linear = {name: each.dtype for chunk in model.chunks for name, each in chunk.named_parameters() if ".linear_" in name}
+    named = [each for chunk in model.chunks for each in chunk.named_parameters()]
+    linear = {name: each.dtype for name, each in named if ".linear_" in name and "layernorm" not in name}
     return Seen(states[0].float() if states else None, model.lm_head, weights, linear)
 
 
@@ -104,7 +106,14 @@ def test_experts_and_offloading(pool: WorkerPool, models: dict[str, Path]) -> No
 
 
 @needs_modelopt
-@pytest.mark.parametrize(("name", "parallel"), [("dense", ParallelConfig(tp=2)), ("experts", ParallelConfig(ep=2, dp=2))])
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("dense", ParallelConfig(tp=2)),
+        ("experts", ParallelConfig(ep=2, dp=2)),
+        ("gemma3", ParallelConfig(tp=2)),  # whose linear layers are followed by norms
+    ],
+)
 def test_the_advisor_counts_the_same_bytes(
     pool: WorkerPool, models: dict[str, Path], name: str, parallel: ParallelConfig
 ) -> None:
@@ -119,6 +128,7 @@ def test_the_advisor_counts_the_same_bytes(
     seen = pool.run(2, hold, models[name], parallel, parallel, torch.bfloat16, True)
     spec = model_spec(HFFolder(model), parallel, "teacher")
     for number, each in enumerate(seen):
+        assert set(each.linear.values()) == {torch.float8_e4m3fn}
         assert frozen_bytes(config, spec, "teacher", Rank(number, 2), (16,), "local").weights == each.weights
 
 
