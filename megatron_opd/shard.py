@@ -110,6 +110,13 @@ def _read_header(stream: Any, size: int) -> dict[str, _Stored]:
         end = max(end, 8 + length + stop)
     if end > size:
         raise ValueError(f"its tensors end at byte {end}, the file has {size}")
+    covered = 8 + length
+    for name, each in sorted(stored.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if each.start != covered:
+            raise ValueError(f"{name} begins at byte {each.start}, what precedes it ends at {covered}")
+        covered += each.nbytes
+    if covered != size:
+        raise ValueError(f"its tensors end at byte {covered}, the file has {size}")
     return stored
 
 

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted" if options.command == "verify" else "interrupted; the same command goes on from here")
         return 130
-    except Exception as error:  # whatever it is, in one line; what a conversion has finished is kept for the next
+    except Exception as error:  # whatever it is, in one line
         from megatron_opd.conversion.workers import one_line
 
         _say(one_line(error))
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--hf", type=Path, metavar="DIR", help="config.json and tokenizer, where SRC brings none")
         if name != "verify":
             command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as SRC has it")
+            command.add_argument("--trust-source", action="store_true", help="do not compare SRC with its own manifest first")
             command.add_argument("--shard-gb", type=float, default=5.0, metavar="5", help="largest file, in GB")
     commands.choices["verify"].add_argument(
         "--logits", action="store_true", help="run both models too, in fp32, on sample text; needs memory for one of them"
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     quantized = commands.choices["to-hf"]
     quantized.add_argument("--quantize", choices=EXPORT_FORMATS, help="with ModelOpt; SRC may be a Hugging Face folder too")
     quantized.add_argument("--calibration", type=Path, metavar="JSONL", help="the run's prompts; for fp8 and nvfp4")
-    quantized.add_argument("--calibration-samples", type=int, default=512, metavar="512", help="how many of them")
+    quantized.add_argument("--calibration-samples", type=int, metavar="512", help="how many of them")
     compare = commands.add_parser("compare-tokenizers", help="ids, special and end tokens of two models; 1: a run refuses them")
     _add_folders(compare, "STUDENT", "TEACHER")
     return parser
@@ -105,17 +106,19 @@ def _run(options: argparse.Namespace, gpus: str | None) -> int:
     processes = default_processes() if options.processes is None else options.processes
     if processes < 1:
         raise OpdError(f"--processes: {processes} is not positive; give the number of processes that share the work")
+    if options.command == "to-hf" and not options.quantize and options.calibration_samples is not None:
+        raise OpdError("--calibration-samples: nothing is quantised; remove it or add --quantize")
     if options.command == "verify":
         return _verify(options, processes, start)
     dtype = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}.get(options.dtype)
-    shard_bytes = int(options.shard_gb * 1e9)
-    if shard_bytes <= 0:
-        raise OpdError(f"--shard-gb: {options.shard_gb} is not positive; give the size of the largest file in GB")
-    work = Work(shard_bytes, processes, start, _say)
+    if not 0 < options.shard_gb < float("inf"):
+        raise OpdError(f"--shard-gb: {options.shard_gb} is no positive number; give the size of the largest file in GB")
+    work = Work(int(options.shard_gb * 1e9) or 1, processes, start, _say, options.trust_source)
     if options.command == "to-hf" and options.quantize:
         if dtype is torch.float32:
             raise OpdError("--dtype: float32, but SGLang's quantised kernels take bfloat16 or float16; give one of them")
-        asked = Quantization(options.quantize, options.calibration, options.calibration_samples, gpus)
+        samples = 512 if options.calibration_samples is None else options.calibration_samples
+        asked = Quantization(options.quantize, options.calibration, samples, gpus)
         to_quantized_hf(options.source, options.target, options.hf, dtype or torch.bfloat16, work, asked)
     elif options.command == "to-hf":
         if options.calibration is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.safetensors_file import content, file_names, header, write_index
-from megatron_opd.conversion.target import OutputFile, copy_all_but_weights, identity_of, new_folder
+from megatron_opd.conversion.target import OutputFile, copy_all_but_weights, file_check, identity_of, new_folder, recorded
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, entry_bytes
-from megatron_opd.conversion.workers import Report, StartReport
+from megatron_opd.conversion.workers import Report, StartReport, share
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
+from megatron_opd.mcore.families import LM_HEAD
 from megatron_opd.mcore.hf_mapping import by_tensors, entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.sharding import Entry
@@ -39,6 +41,7 @@ class Work:
     Args:
         processes: that share the files; each holds two or three times the largest parameter.
         start: called with the bytes that are to be read.
+        trusting: leave out the comparison of the source's files with the digests that lie beside them.
         say: takes a line where a killed conversion is resumed or thrown away.
     """
 
@@ -46,6 +49,7 @@ class Work:
     processes: int
     start: StartReport
     say: Callable[[str], None]
+    trusting: bool = False
 
 
 def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: torch.dtype | None, work: Work) -> None:
@@ -58,6 +62,9 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
     folder = HFFolder(source)
     read = _Source([source])
     weights = HFWeights(folder, model_spec(folder, parallel, "source"))
+    _check_digests([source], work)
+    if weights.repeats_head:
+        work.say(f"{source}: {LM_HEAD.hf[0]} repeats the embedding that it is tied to, and is left out")
     spec = weights.spec
     table = {entry.megatron: entry for entry in entries(spec.architecture, spec.dims)}
     dtypes = {name: (None if entry.buffer else dtype) or _one_dtype(weights, entry) for name, entry in table.items()}
@@ -70,7 +77,7 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
         def write(stream: BinaryIO, report: Report) -> list[int]:
             def full(name: str) -> Tensor:
                 report(sizes[name])
-                return table[name].sharding.merge(weights.read(table[name]), spec.dims).to(dtypes[name])
+                return _cast(table[name].sharding.merge(weights.read(table[name]), spec.dims), dtypes[name], name)
 
             return files.write(number, stream, full)
 
@@ -82,6 +89,8 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
         ends = partial.write([output(number) for number in range(len(files.names))], work.processes, work.start)
         files.finish(partial.folder / RELEASE, ends)
         copy_all_but_weights(source, partial.folder / HF_FILES)
+        if dtype is not None:
+            _set_dtype(partial.folder / HF_FILES / "config.json", dtype)
         (partial.folder / LATEST).write_text(RELEASE, encoding="utf-8")
         read.check_unchanged()
 
@@ -96,6 +105,7 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
     files = config_folder(source, config)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
     read = _Source([weights.path, files.path])
+    _check_digests([source, weights.path], work)
     # One Hugging Face tensor, or the stack of a layer's experts, is written entry by entry.
     groups = list(by_tensors(entries(weights.spec.architecture, weights.spec.dims)))
     buffers = {name for group in groups if group[0].buffer for name in group[0].hf}
@@ -116,7 +126,7 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
             for entry in chain.from_iterable(shard):
                 for each, tensor in zip(entry.hf, weights.read(entry), strict=True):
                     report(tensor.nbytes)
-                    stream.write(content(tensor.to(infos[each].dtype)))
+                    stream.write(content(_cast(tensor, infos[each].dtype, each)))
             return []
 
         return OutputFile(name, sum(weights.tensors[info.name].nbytes for info in stored[name]), write)
@@ -126,8 +136,11 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
         partial.write([output(*each) for each in zip(stored, shards, strict=True)], work.processes, work.start)
         write_index(partial.folder, stored)
         copy_all_but_weights(files.path, partial.folder)
-        if dtype is not None:
-            _set_dtype(partial.folder / "config.json", dtype)
+        stored_as = {info.dtype for name, info in infos.items() if name not in buffers}
+        if dtype is not None or (config is not None and len(stored_as) == 1):  # of another folder than the weights
+            (written,) = stored_as
+            if _set_dtype(partial.folder / "config.json", written) and dtype is None:
+                work.say(f"{target / 'config.json'}: dtype is now that of the checkpoint's weights, {_name(written)}")
         read.check_unchanged()
 
 
@@ -188,8 +201,35 @@ def _check_keys(plan: Blueprint, dtypes: dict[str, torch.dtype], source: Path) -
                 raise OpdError(f"{source}: {place.key} has another dtype in {name} than before; choose one with --dtype")
 
 
-def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+def _set_dtype(file: Path, dtype: torch.dtype) -> bool:
+    """Whether config.json has said otherwise."""
     config = json.loads(file.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"  # the older name of the same key
-    config[key] = str(dtype).removeprefix("torch.")
+    if config.get(key) == _name(dtype):
+        return False
+    config[key] = _name(dtype)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Raises OpdError where a number is too large for ``dtype``."""
+    cast = tensor.to(dtype)
+    if cast is not tensor and not bool((cast.isfinite() | ~tensor.isfinite()).all()):
+        raise OpdError(f"{name}: has numbers that are too large for {_name(dtype)}; choose another --dtype")
+    return cast
+
+
+def _check_digests(folders: Sequence[Path], work: Work) -> None:
+    """The source's files against what lies beside them. Raises OpdError."""
+    files = [] if work.trusting else [(folder, *each) for folder in folders for each in recorded(folder).items()]
+
+    report = work.start(sum(size for *_, (size, _) in files)) if files else lambda _: None
+    with closing(share([file_check(*each) for each in files], work.processes, report)) as done:
+        for _, lines in done:
+            for line in lines:
+                raise OpdError(f"{line}; copy it again, or take it as it is with --trust-source")

@@ -7,11 +7,13 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_opd.processes import end_with_parent
 from megatron_opd.quantization import ExportFormat
 from megatron_opd.types import OpdError
 
@@ -37,6 +40,22 @@ class Export:
     dtype: torch.dtype  # of what is not quantised
     prompts: list[tuple[int, ...]]  # token ids of each
     shard_bytes: int
+
+
+def export_in_child(export: Export, gpus: str | None, parent: int, outcome: Connection) -> None:
+    """In a spawned process, which ends with ``parent``: sends None, or what went wrong."""
+    end_with_parent()
+    if os.getppid() != parent:  # it ended before that
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the parent to handle
+    try:
+        run_export(export, gpus)
+    except (OpdError, OSError) as error:
+        outcome.send(error)
+    except Exception as error:
+        outcome.send(OpdError(f"{export.named}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+    else:
+        outcome.send(None)
 
 
 def run_export(export: Export, gpus: str | None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from math import prod
 from multiprocessing import get_context
@@ -15,8 +14,9 @@ import psutil
 import torch
 
 from megatron_opd.conversion.convert import Work, config_folder, to_hf
-from megatron_opd.conversion.modelopt_export import CALIBRATED, Export, run_export
+from megatron_opd.conversion.modelopt_export import CALIBRATED, Export, export_in_child
 from megatron_opd.conversion.target import copy_all_but_weights, new_folder
+from megatron_opd.conversion.workers import Interrupted
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, expected_shapes
@@ -66,13 +66,16 @@ def to_quantized_hf(
     plain_bytes = 2 * sum(prod(shape) for shape in expected_shapes(files.config).values())
     _check_memory(plain_bytes)
     identity = {"to-hf --quantize": uuid4().hex}  # ModelOpt's export is in one piece: nothing to go on from
-    with new_folder(target, plain_bytes, identity, work.say) as partial:
-        if not is_hf:
-            to_hf(source, partial.folder / _PLAIN, config, None, work)
-        copy_all_but_weights(files.path, partial.folder)
-        plain = source if is_hf else partial.folder / _PLAIN
-        export = Export(quantization.format, plain.resolve(), str(source), partial.folder, dtype, prompts, work.shard_bytes)
-        _in_own_process(export, quantization.gpus)
+    with new_folder(target, plain_bytes if is_hf else 3 * plain_bytes, identity, work.say) as partial:
+        try:
+            if not is_hf:
+                to_hf(source, partial.folder / _PLAIN, config, None, work)
+            copy_all_but_weights(files.path, partial.folder)
+            plain = source if is_hf else partial.folder / _PLAIN
+            export = Export(quantization.format, plain.resolve(), str(source), partial.folder, dtype, prompts, work.shard_bytes)
+            _in_own_process(export, quantization.gpus)
+        except (KeyboardInterrupt, Interrupted) as error:
+            raise OpdError(f"{target}: {str(error) or 'interrupted'}; nothing is left of it") from error
         shutil.rmtree(partial.folder / _PLAIN, ignore_errors=True)
 
 
@@ -118,10 +121,19 @@ def _check_memory(plain_bytes: int) -> None:
 
 def _in_own_process(export: Export, gpus: str | None) -> None:
     """This process has its GPUs hidden and Megatron's patches for CPU; a spawned one begins without either."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        try:
-            executor.submit(run_export, export, gpus).result()
-        except BrokenProcessPool as error:
-            raise OpdError(
-                f"{export.named}: the process that quantises it was killed, as for want of memory; take a machine with more"
-            ) from error
+    spawn = get_context("spawn")
+    outcome, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=export_in_child, args=(export, gpus, os.getpid(), theirs))
+    process.start()
+    theirs.close()  # else its end would not be noticed
+    try:
+        failure = outcome.recv()
+    except EOFError as error:
+        raise OpdError(
+            f"{export.named}: the process that quantises it was killed, as for want of memory; take a machine with more"
+        ) from error
+    finally:
+        process.kill()
+        process.join()
+    if failure is not None:
+        raise failure

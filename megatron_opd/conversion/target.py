@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_opd.conversion.workers import Interrupted, Report, StartReport, portable, share
+from megatron_opd.conversion.workers import Interrupted, Report, StartReport, Task, portable, share
 from megatron_opd.hf_folder import INDEX
-from megatron_opd.mcore.checkpoint_files import list_files, root_cause
+from megatron_opd.mcore.checkpoint_files import STATE, list_files, read_state, root_cause
 from megatron_opd.types import OpdError
 
 MANIFEST = "manifest.json"
 _FILES, _JOURNAL = "files", "journal.jsonl"
+_STORED = {".safetensors", ".distcp"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _BUFFER = 1 << 16  # bytes
 _BLOCK = 1 << 20  # bytes; what is digested is still in the processor's cache when it is written
@@ -143,6 +144,8 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OpdError(f"{target}: exists and is not empty; give another target, or delete it")
+    if target.is_mount():
+        raise OpdError(f"{target}: is a mount point, in whose place no folder can be put; give a folder in it")
     path = target.resolve()
     partial = path.with_name(f".{path.name}.partial")
     with ExitStack() as stack:
@@ -177,12 +180,14 @@ def _resumed(
     if not partial.exists():
         return None
     file = partial / _JOURNAL
+    if not file.is_file() and any(partial.iterdir()):
+        raise OpdError(f"{partial}: is there and of no conversion; delete it, or give another target")
     if file.is_file():
         journal = stack.enter_context(file.open("r+b"))
         _lock(journal, target)
         recorded = _read_journal(journal)
-        if recorded and recorded[0] == identity:
-            files = partial / _FILES
+        files = partial / _FILES
+        if recorded and recorded[0] == identity and files.is_dir():
             finished = {entry["name"]: Written(entry["nbytes"], entry["digest"], entry["notes"]) for entry in recorded[1:]}
             finished = {name: written for name, written in finished.items() if _has_size(files / name, written.nbytes)}
             for path in files.rglob("*"):
@@ -196,10 +201,11 @@ def _resumed(
 
 
 def _begun(partial: Path, identity: dict[str, Any], stack: ExitStack) -> Partial:
-    (partial / _FILES).mkdir(parents=True)
+    partial.mkdir(parents=True)
     journal = stack.enter_context((partial / _JOURNAL).open("x+b"))
     _lock(journal, partial)
     _append(journal, identity)
+    (partial / _FILES).mkdir()
     return Partial(partial / _FILES, journal, {})
 
 
@@ -278,10 +284,23 @@ def manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise OpdError(f"{file}: cannot be read ({root_cause(error)}); delete it to compare without it") from error
 
 
-def damage(folder: Path, name: str, expected: tuple[int, str]) -> list[str]:
+def recorded(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and digest of the weights' files, by a conversion's manifest or a run's ``state.json``. Raises OpdError."""
+    files = manifest(folder)
+    if (folder / STATE).is_file():
+        files |= {name: (int(size), str(digest)) for name, (size, digest) in read_state(folder)["files"].items()}
+    return {name: entry for name, entry in files.items() if Path(name).suffix in _STORED or Path(name).name == ".metadata"}
+
+
+def file_check(folder: Path, name: str, expected: tuple[int, str]) -> Task[list[str]]:
     """How one file differs from the manifest of ``folder``, if it does: a line. Reads it."""
-    file = folder / name
-    if not file.is_file():
-        return [f"{file}: missing"]
-    found = list_files([file], folder, to_disk=False)[name]
-    return [] if found == expected else [f"{file}: has changed since it was written"]
+
+    def check(report: Report) -> list[str]:
+        file = folder / name
+        if not file.is_file():
+            return [f"{file}: missing"]
+        found = list_files([file], folder, to_disk=False)[name]
+        report(expected[0])
+        return [] if found == expected else [f"{file}: has changed since it was written"]
+
+    return check

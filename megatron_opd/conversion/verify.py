@@ -9,10 +9,10 @@ from pathlib import Path
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import HF_FILES
-from megatron_opd.conversion.target import damage, manifest
+from megatron_opd.conversion.target import MANIFEST, file_check, manifest
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, entry_bytes, same
 from megatron_opd.conversion.workers import Report, StartReport, Task, share
-from megatron_opd.hf_folder import HFFolder
+from megatron_opd.hf_folder import INDEX, TEXTS, HFFolder
 from megatron_opd.mcore.hf_mapping import Entry, entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.torch_dist import consecutive
@@ -35,7 +35,7 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
     there = {entry.megatron: entry.hf for entry in entries(right.spec.architecture, right.spec.dims)}
     common = [e for e in entries(left.spec.architecture, left.spec.dims) if there.get(e.megatron) == e.hf]
     sizes = [entry_bytes(left, entry) for entry in common]
-    tasks: list[Task[list[str]]] = [_file_check(*file) for file in files]
+    tasks: list[Task[list[str]]] = [file_check(*file) for file in files]
     tasks += [_tensor_check(left, right, [common[n] for n in part]) for part in consecutive(sizes, _SHARED)]
     report = start(sum(size for *_, (size, _) in files) + sum(sizes))
     with closing(share(tasks, processes, report)) as done:
@@ -48,15 +48,6 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
         *(f"{name}: only in {one if name in left.tensors else other}" for name in lonely),
         *(line for number in range(len(files), len(tasks)) for line in found[number]),
     ]
-
-
-def _file_check(folder: Path, name: str, expected: tuple[int, str]) -> Task[list[str]]:
-    def check(report: Report) -> list[str]:
-        lines = damage(folder, name, expected)
-        report(expected[0])
-        return lines
-
-    return check
 
 
 def _tensor_check(left: Weights, right: Weights, table: Sequence[Entry]) -> Task[list[str]]:
@@ -102,5 +93,16 @@ def _open(path: Path, config: Path) -> Weights:
 def _config_differences(one: Path, other: Path) -> Iterator[str]:
     left, right = (json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (one, other))
     for key in sorted(left.keys() | right.keys()):
-        if left.get(key) != right.get(key):
-            yield f"config.json: {key} is {left.get(key)!r} in {one}, {right.get(key)!r} in {other}"
+        here, there = (json.dumps(each[key], sort_keys=True) if key in each else "not there" for each in (left, right))
+        if here != there:
+            yield f"config.json: {key} is {here} in {one}, {there} in {other}"
+    for name in sorted(_texts(one) | _texts(other)):
+        contents = [(folder / name).read_bytes() if (folder / name).is_file() else None for folder in (one, other)]
+        if contents[0] != contents[1]:
+            yield f"{name}: {'differs' if None not in contents else f'only in {one if contents[1] is None else other}'}"
+
+
+def _texts(folder: Path) -> set[str]:
+    """Tokenizer, generation config and the like."""
+    left_out = {"config.json", INDEX, MANIFEST}
+    return {file.name for file in folder.iterdir() if file.is_file() and file.suffix in TEXTS} - left_out

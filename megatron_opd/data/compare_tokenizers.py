@@ -36,6 +36,10 @@ def compare_tokenizers(student: Path, teacher: Path) -> Comparison:
     if cast(Any, ours).chat_template != cast(Any, theirs).chat_template:
         lines.append("chat template: differs; prompts take the student's, so both models see the same ids")
     lines += [f"text {text[:30]!r}: other ids" for text in SAMPLES if _ids(ours, text) != _ids(theirs, text)]
+    if not any(_stop_ids(*each) for each in ((student, ours), (teacher, theirs))):
+        return Comparison(
+            False, (*lines, "not compatible: neither has an end token; set eos_token_id in generation_config.json")
+        )
     verdict = f"not compatible: {len(differing)} ids differ" if differing else "compatible: every id is the same token"
     return Comparison(not differing, (*lines, verdict))
 
@@ -55,15 +59,17 @@ def _token(tokenizer: Tokenizer, role: str) -> str:
 
 def _ends(*models: tuple[Path, Tokenizer]) -> Iterator[str]:
     """Ids that end a response: they may differ, and count as one class then."""
-    found = []
-    for folder, tokenizer in models:
-        try:
-            found.append(stop_ids(folder, tokenizer))
-        except OpdError:
-            found.append(())
+    found = [_stop_ids(*each) for each in models]
     if found[0] != found[1]:
         one, other = (", ".join(map(str, ids)) or "none" for ids in found)
         yield f"end tokens: {one} / {other}; a run takes all of them as one stop class"
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    try:
+        return stop_ids(folder, tokenizer)
+    except OpdError:
+        return ()
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

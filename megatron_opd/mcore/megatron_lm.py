@@ -139,12 +139,12 @@ def find_checkpoint(path: str, key: str) -> Path:
     """The folder of the tensors, from it or from the one that holds it. ``key`` of the config is named in errors (OpdError)."""
     folder = Path(path)
     latest = folder / LATEST
-    if latest.is_file():
-        name = latest.read_text(encoding="utf-8").strip()
-        folder /= f"iter_{int(name):07d}" if name.isdigit() else name
     try:
+        if latest.is_file():
+            name = latest.read_text(encoding="utf-8").strip()
+            folder /= f"iter_{int(name):07d}" if name.isdigit() else name
         backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise OpdError(
             f"{key}: {folder} is not a torch_dist checkpoint of Megatron-LM (metadata.json cannot be read); give the folder "
             f"with {LATEST}, or an iter_* folder"
@@ -236,5 +236,8 @@ def sharded_state(chunk: HiddenStateModel, metadata: dict[str, object]) -> dict[
 
 def tensor_sizes(path: Path) -> dict[str, tuple[int, ...]]:
     """By key in the file, without regard to layers where one key holds all."""
-    index = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
+    try:
+        index = FileSystemReader(path).read_metadata().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
+    except Exception as error:  # unpickling what is damaged raises any kind
+        raise OpdError(f"{path / '.metadata'}: cannot be read ({root_cause(error)}); copy the checkpoint again") from error

@@ -127,6 +127,8 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
     hf = folder.config
     for refusal in family.refusals(hf):
         raise OpdError(f"{key}: {folder.path / 'config.json'} {refusal}")
+    if quantised := hf.to_dict().get("quantization_config"):
+        raise OpdError(f"{key}: {folder.path / 'config.json'} sets quantization_config={quantised}; give unquantised weights")
     experts = family.experts(hf)
     if experts and parallel.tp > 1 and not parallel.sequence_parallel:
         raise OpdError(f"{key}: experts with tp={parallel.tp} need {axes}.sequence_parallel=true; set it")

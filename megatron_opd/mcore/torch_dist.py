@@ -134,6 +134,9 @@ def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
     )
 
 
+_DAMAGED = (KeyError, AttributeError, ValueError, TypeError, IndexError)  # where an index says what no file holds
+
+
 class WeightReader:
     """Reads parameters of a checkpoint of any layout. Raises OpdError naming the file and what is wrong with it."""
 
@@ -142,14 +145,14 @@ class WeightReader:
         self._reader = FileSystemReader(folder)
         try:
             self._index: Metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+            self.tensors = {
+                key: entry for key, entry in self._index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+            }
+        except Exception as error:  # unpickling what is damaged raises any kind
             raise OpdError(
                 f"{folder / '.metadata'}: cannot be read ({root_cause(error)}); copy the checkpoint again"
             ) from error
-        self._reader.set_up_storage_reader(self._index, is_coordinator=True)
-        self.tensors = {
-            key: entry for key, entry in self._index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-        }
         self._by_layer: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
 
     def check_files(self) -> None:
@@ -174,12 +177,12 @@ class WeightReader:
         target = torch.empty(place.shape, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.shape))
         stored = replace(entry, chunks=self._near(place))
-        items = create_read_items_for_chunk_list(place.key, stored, [wanted])
-        if sum(prod(item.lengths) for item in items) != place.numel:
-            raise OpdError(f"{self.folder}: .metadata has not all of {place.key}; copy the checkpoint again")
         try:
+            items = create_read_items_for_chunk_list(place.key, stored, [wanted])
+            if sum(prod(item.lengths) for item in items) != place.numel:
+                raise OpdError(f"{self.folder}: .metadata has not all of {place.key}; copy the checkpoint again")
             self._reader.read_data(LoadPlan(items), _Into(target))
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AssertionError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AssertionError, *_DAMAGED) as error:
             raise OpdError(
                 f"{self.folder}: {place.key} cannot be read ({root_cause(error)}); copy the checkpoint again"
             ) from error

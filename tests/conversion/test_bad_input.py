@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from megatron_opd.conversion import target as target_module
-from tests.conversion.folders import convert, edit_config, edit_weights, identical, make, tensors
+from megatron_opd.hf_folder import SINGLE
+from tests.conversion.folders import convert, edit_config, edit_weights, make
 from tests.tiny_models import make_model
 
 NORM = "model__norm__weight"
@@ -236,10 +237,63 @@ def test_write_that_fails_midway_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_remains_of_a_killed_conversion_are_in_nobodys_way(good: Path, tmp_path: Path) -> None:
-    remains = tmp_path / ".out.partial"
-    remains.mkdir()
-    (remains / "model-00001-of-00002.safetensors").write_bytes(b"half")
-    assert convert("to-hf", good / "megatron", tmp_path / "out") == 0
-    assert identical(tensors(good / "model"), tensors(tmp_path / "out"))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("command", ["to-hf", "to-megatron"])
+def test_bit_that_flipped_since_the_conversion_is_found_by_the_next_one(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source = tmp_path / "source"
+    if command == "to-hf":
+        shutil.copytree(good / "megatron", source)
+        file = next(source.glob("release/*.distcp"))
+    else:
+        assert convert("to-hf", good / "megatron", source) == 0
+        file = source / SINGLE
+    flip_a_bit(file)
+    line = refusal(capsys, command, source, tmp_path / "out")
+    assert f"{file}: has changed since it was written" in line and "--trust-source" in line
+    assert not (tmp_path / "out").exists()
+    assert convert(command, source, tmp_path / "out", "--trust-source") == 0
+
+
+def test_header_with_a_gap_or_bytes_behind_the_last_tensor_is_refused(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(good / "model", tmp_path / "model")
+    file = tmp_path / "model" / SINGLE
+    content = file.read_bytes()
+    file.write_bytes(content + b"\0" * 16)
+    assert "truncated or not a safetensors file" in refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out")
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    one, other = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv")
+    header[one]["data_offsets"] = header[other]["data_offsets"]
+    text = json.dumps(header).encode().ljust(length)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert "truncated or not a safetensors file" in refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out")
+
+
+def test_numbers_too_large_for_the_dtype_are_refused(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(good / "model", tmp_path / "model")
+    edit_weights(tmp_path / "model", model__norm__weight=torch.full((32,), 1e6))
+    line = refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out", "--dtype", "float16")
+    assert "decoder.final_layernorm.weight" in line and "too large for float16" in line
+
+
+def test_config_of_quantised_weights_is_refused(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(good / "model", tmp_path / "model")
+    edit_config(tmp_path / "model", quantization_config={"quant_method": "fp8"})
+    line = refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out")
+    assert "quantization_config" in line and "unquantised" in line
+
+
+def test_remains_of_another_program_are_left_alone(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "precious").touch()
+    assert "of no conversion" in refusal(capsys, "to-megatron", good / "model", tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "precious").exists()

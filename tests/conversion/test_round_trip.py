@@ -71,6 +71,7 @@ def test_dtype_changes_on_request_alone_and_config_says_so(tmp_path: Path) -> No
     assert convert("to-megatron", model, tmp_path / "half-megatron", "--dtype", "bfloat16") == 0
     assert convert("to-hf", tmp_path / "half-megatron", tmp_path / "again") == 0
     assert identical(expected, tensors(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == after  # no config that lies
 
 
 def test_head_stored_beside_the_embedding_that_it_is_tied_to_is_left_out(tmp_path: Path) -> None:
@@ -106,4 +107,5 @@ def test_verify_finds_a_file_that_changed_since_the_conversion(tmp_path: Path, c
     file.write_text(file.read_text().replace("w7", "w_7"))
     capsys.readouterr()
     assert convert("verify", model, megatron) == 1
-    assert capsys.readouterr().out.splitlines() == [f"{file}: has changed since it was written", "1 differences"]
+    lines = [f"{file}: has changed since it was written", "tokenizer.json: differs", "2 differences"]
+    assert capsys.readouterr().out.splitlines() == lines
