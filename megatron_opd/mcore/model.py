@@ -41,7 +41,7 @@ _ROPE_REASONS = {
 # Fields of TransformerConfig that say what is computed: families set them where config.json asks for it, nobody else may.
 _COMPUTED = {
     *("softmax_scale", "softmax_type", "window_size", "window_attn_skip_freq"),
-    *("layernorm_zero_centered_gamma", "qk_layernorm", "add_qkv_bias", "rotary_interleaved", "multi_latent_attention"),
+    *("layernorm_zero_centered_gamma", "qk_layernorm", "add_qkv_bias", "multi_latent_attention"),
     *("glu_linear_offset", "activation_func_clamp_value", "num_moe_experts", "moe_layer_freq", "moe_ffn_hidden_size"),
     *("moe_router_topk", "moe_router_topk_scaling_factor", "moe_router_score_function", "moe_router_pre_softmax"),
     *("moe_router_num_groups", "moe_router_group_topk", "moe_shared_expert_intermediate_size", "moe_router_enable_expert_bias"),
