@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -87,10 +87,12 @@ def _measure(folder: Path, processes: int, shard_bytes: int, repeats: int) -> No
     def copy() -> None:
         _copy(model, copied, processes)
 
-    work = Work(shard_bytes, processes, start, lambda _: None)
+    work = Work(shard_bytes, processes, start, lambda _: None, trusting=True)
+    comparing = replace(work, trusting=False)
     conversions: dict[str, Callable[[], None]] = {
         "to-megatron": lambda: to_megatron(model, megatron, ParallelConfig(), None, work),
         "to-hf": lambda: to_hf(megatron, folder / "back", None, None, work),
+        "to-hf, the source compared with its manifest first": lambda: to_hf(megatron, folder / "again", None, None, comparing),
     }
     copies: dict[str, list[Seconds]] = {name: [] for name in conversions}
     own: dict[str, list[Seconds]] = {name: [] for name in conversions}
@@ -106,6 +108,7 @@ def _measure(folder: Path, processes: int, shard_bytes: int, repeats: int) -> No
             shutil.rmtree(copied)
         shutil.rmtree(megatron)
         shutil.rmtree(folder / "back")
+        shutil.rmtree(folder / "again")
     print(f"{nbytes / 1e9:.2f} GB in {len(files)} files, {processes} processes; {statistics.median(plans):.2f} s for a plan")
     for name in conversions:
         rate = nbytes / 1e6 / statistics.median(each.wall for each in own[name])

@@ -51,10 +51,10 @@ MUTATIONS = {
     "local support is not renormalised": Mutation(
         "top_k.py", "mean = cross / head_s", "mean = cross / student_total", f"{ORACLE} 1-local_support-fp32"
     ),
-    "top-k of each rank alone": Mutation(
+    "top-k with no more than one of each rank": Mutation(
         "top_k.py",
         "(winners // self.k == shard.rank)",
-        "(winners // self.k >= 0)",
+        "((winners // self.k == shard.rank) & (winners % self.k == 0))",
         f"{ORACLE} 2-topk_reverse_kl-fp32",
     ),
     "the clip has no gradient mask": Mutation(
