@@ -14,8 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from examples.reproduction.arms import ARMS, CONTROLS, EVERY, run_folder
-from examples.reproduction.table import RESULTS, metrics
+from examples.reproduction.arms import ARMS, CONTROLS, EVERY
+from examples.reproduction.table import RESULTS, done, metrics
 
 _WINDOW = 5  # steps, of the running mean over rollouts
 PANELS = {
@@ -28,7 +28,7 @@ PANELS = {
 
 def main() -> None:
     for file, names in {"arms": list(ARMS), "controls": ["opd", *CONTROLS]}.items():
-        there = [name for name in names if all((run_folder(name, pair) / "done.json").exists() for pair in EVERY[name].pairs)]
+        there = [name for name in names if all(done(name, pair) for pair in EVERY[name].pairs)]
         draw(there, RESULTS.with_name(f"{file}.png"), pairs=None if file == "arms" else (0,))
 
 

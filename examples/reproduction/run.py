@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from examples.reproduction import figures, table
 from examples.reproduction.arms import ARMS, CONFIG, CONTROLS, EVERY, PAIRS, command_overrides, run_folder
 from examples.reproduction.final import evaluate_model, evaluate_run
@@ -32,6 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.runs or [*ARMS, *(CONTROLS if args.controls else ())]
     todo = [(name, pair) for pair in args.pairs for name in names if pair in EVERY[name].pairs]
+    transformers_logging.disable_progress_bar()
     started = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as workers:
         for pair in dict.fromkeys(pair for _, pair in todo):

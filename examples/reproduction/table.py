@@ -49,7 +49,11 @@ def models() -> list[Row]:
 
 def rows_of(names: Iterable[str]) -> list[Row]:
     """Of those whose runs are all done."""
-    return [row(name) for name in names if all((run_folder(name, pair) / "done.json").exists() for pair in EVERY[name].pairs)]
+    return [row(name) for name in names if all(done(name, pair) and done("opd", pair) for pair in EVERY[name].pairs)]
+
+
+def done(name: str, pair: int) -> bool:
+    return (run_folder(name, pair) / "done.json").exists()
 
 
 def row(name: str) -> Row:
