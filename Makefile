@@ -11,14 +11,14 @@
 #              https://download.pytorch.org/whl/cpu has one for machines without a GPU.
 # ARGS         more arguments for pytest, or for `megatron-opd train` in demo
 # JOBS         runs of `reproduce` at a time, one core each
-# CONTROLS     not empty: `reproduce` runs its controls too
+# GROUPS       what `reproduce` runs: arms, controls, end_tokens
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
 JOBS ?= 2
-CONTROLS ?=
+GROUPS ?= arms
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip
@@ -55,7 +55,7 @@ demo: $(INSTALLED)
 # What is there already is not made again: rm -r examples/reproduction/work for all of it.
 reproduce: $(INSTALLED)
 	$(PIP) install --editable '.[figures]'
-	$(BIN)/python -m examples.reproduction.run --jobs $(JOBS) $(if $(CONTROLS),--controls)
+	$(BIN)/python -m examples.reproduction.run --jobs $(JOBS) --groups $(GROUPS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from examples.reproduction.arms import ARMS, CONTROLS, EVERY
+from examples.reproduction.arms import EVERY, GROUPS
 from examples.reproduction.table import RESULTS, done, metrics
 
 _WINDOW = 5  # steps, of the running mean over rollouts
@@ -27,17 +28,18 @@ PANELS = {
 
 
 def main() -> None:
-    for file, names in {"arms": list(ARMS), "controls": ["opd", *CONTROLS]}.items():
-        there = [name for name in names if all(done(name, pair) for pair in EVERY[name].pairs)]
-        draw(there, RESULTS.with_name(f"{file}.png"), pairs=None if file == "arms" else (0,))
+    for group, arms in GROUPS.items():
+        there = [name for name, arm in arms.items() if all(done(name, pair) for pair in arm.pairs)]
+        if there:
+            draw(there, RESULTS.with_name(f"{group}.png"))
 
 
-def draw(names: Sequence[str], target: Any, pairs: Sequence[int] | None) -> None:
+def draw(names: Sequence[str], target: Path) -> None:
     """One colour an arm, one line a pair."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, (metric, title) in zip(axes.flat, PANELS.items(), strict=True):
         for index, name in enumerate(names):
-            for number, pair in enumerate(pairs or EVERY[name].pairs):
+            for number, pair in enumerate(EVERY[name].pairs):
                 steps, values = curve(metrics(name, pair), metric)
                 label = EVERY[name].title if number == 0 else None
                 axis.plot(steps, values, color=f"C{index}", linewidth=1.2, alpha=0.85, label=label)

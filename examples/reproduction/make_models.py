@@ -18,9 +18,10 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from examples.reproduction.problems import VOCABULARY, Problem, Style, make_tokenizer, problems
+from examples.reproduction.problems import EOS, UNKNOWN, VOCABULARY, Problem, Style, make_tokenizer, problems
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -38,7 +39,7 @@ SIZES = {"teacher": (128, 352, 4), "bounded_teacher": (128, 352, 4), "student": 
 def main() -> None:
     parser = argparse.ArgumentParser(description="a teacher and a student, and the data of their runs")
     parser.add_argument("pair", type=int, help="their number, which seeds everything")
-    parser.add_argument("--models", nargs="+", default=["teacher", "student"], choices=sorted(SIZES))
+    parser.add_argument("--models", nargs="+", default=["teacher", "student"], choices=[*SIZES, "other_end_teacher"])
     args = parser.parse_args()
     make_data(args.pair)
     for name in args.models:
@@ -60,6 +61,10 @@ def make_model(name: str, pair: int) -> None:
     folder = WORK / f"pair-{pair}"
     if (folder / name / "model.safetensors").exists():
         return
+    if name == "other_end_teacher":
+        make_model("bounded_teacher", pair)
+        exchange_end(folder / "bounded_teacher", folder / name)
+        return
     style, count = WARMSTARTS[name]
     solutions = folder / f"warmstart_{name}.jsonl"
     write(solutions, islice(problems(f"warmstart {name} {pair}"), count), style, f"warmstart {name} {pair}")
@@ -74,6 +79,21 @@ def make_model(name: str, pair: int) -> None:
     ])  # fmt: skip
     shutil.copytree(run / "hf", folder / name, dirs_exist_ok=True)
     shutil.rmtree(run / "checkpoints")
+
+
+def exchange_end(source: Path, target: Path) -> None:
+    """The same model, but for its end token: <unk>, which no text has. Its two rows of the tied embedding are exchanged."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    weights = load_file(source / "model.safetensors")
+    tokenizer = make_tokenizer(end=UNKNOWN)
+    old, new = VOCABULARY.index(EOS), VOCABULARY.index(UNKNOWN)
+    rows = weights["model.embed_tokens.weight"]
+    rows[[old, new]] = rows[[new, old]]
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(target)
+    for name in ("config.json", "generation_config.json"):
+        tree = json.loads((source / name).read_text(encoding="utf-8"))
+        (target / name).write_text(json.dumps({**tree, "eos_token_id": new}, indent=2), encoding="utf-8")
 
 
 def train(config: Path, overrides: Sequence[str]) -> None:

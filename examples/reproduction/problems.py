@@ -74,13 +74,13 @@ def problems(seed: str, operations: tuple[int, int] = (2, 3)) -> Iterator[Proble
             yield problem
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One word, with the space before it, is one token."""
+def make_tokenizer(end: str = EOS) -> PreTrainedTokenizerFast:
+    """One word, with the space before it, is one token. ``end``: the one that ends a response."""
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
     backend.normalizer = normalizers.Prepend(" ")
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=PAD, unk_token=UNKNOWN)
 
 
 def _problem(rng: random.Random, operations: int) -> Problem:

@@ -20,27 +20,27 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from examples.reproduction import figures, table
-from examples.reproduction.arms import ARMS, CONFIG, CONTROLS, EVERY, PAIRS, command_overrides, run_folder
+from examples.reproduction.arms import CONFIG, EVERY, GROUPS, PAIRS, command_overrides, run_folder
 from examples.reproduction.final import evaluate_model, evaluate_run
 from examples.reproduction.make_models import WORK, make_data, make_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the failure of on-policy distillation and its cure")
-    parser.add_argument("--runs", nargs="+", choices=sorted(EVERY), help="default: the five arms")
-    parser.add_argument("--controls", action="store_true", help="the controls too")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["arms"], help="of runs; default: the five arms")
+    parser.add_argument("--runs", nargs="+", choices=list(EVERY), help="these instead")
     parser.add_argument("--pairs", nargs="+", type=int, default=list(PAIRS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
-    names = args.runs or [*ARMS, *(CONTROLS if args.controls else ())]
+    names = args.runs or [name for group in args.groups for name in GROUPS[group]]
     todo = [(name, pair) for pair in args.pairs for name in names if pair in EVERY[name].pairs]
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as workers:
         for pair in dict.fromkeys(pair for _, pair in todo):
             make_data(pair)
-        teachers = {(EVERY[name].teacher, pair) for name, pair in todo}
-        models = sorted(teachers | {("student", pair) for _, pair in todo}, key=lambda each: (each[1], each[0] == "student"))
+        needed = {(model, pair) for name, pair in todo for model in (EVERY[name].teacher, EVERY[name].student)}
+        models = sorted(needed, key=lambda each: (each[1], "teacher" not in each[0]))  # the slow ones first
         for _ in workers.map(lambda each: make_model(*each), models):
             pass
         for _ in workers.map(lambda each: run(*each), todo):

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction.arms import ARMS, CONTROLS, EVERY, PAIRS, run_folder
+from examples.reproduction.arms import ARMS, EVERY, GROUPS, PAIRS, run_folder
+from examples.reproduction.depth import DEPTHS, goes_on
 from examples.reproduction.final import Response, read_responses
 from examples.reproduction.make_models import HERE, WORK
 
@@ -26,15 +27,17 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    results = {"models": models(), "arms": rows_of(ARMS), "controls": rows_of(CONTROLS)}
+    groups = {name: rows_of(group) for name, group in GROUPS.items()}
+    results = {"models": models(), **groups, "depth": depth()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if PAGE.exists():
-        page = PAGE.read_text(encoding="utf-8")
-        for part, rows in results.items():
-            page = put(page, part, models_table(rows) if part == "models" else runs_table(rows))
-        PAGE.write_text(page, encoding="utf-8")
-    print(runs_table(results["arms"] + results["controls"]))
+    tables = {"models": models_table(results["models"]), "depth": depth_table(results["depth"])}
+    tables |= {name: runs_table(rows) for name, rows in groups.items()}
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        page = put(page, name, table)
+    PAGE.write_text(page, encoding="utf-8")
+    print("\n\n".join(tables[name] for name in groups))
 
 
 def models() -> list[Row]:
@@ -49,24 +52,34 @@ def models() -> list[Row]:
 
 def rows_of(names: Iterable[str]) -> list[Row]:
     """Of those whose runs are all done."""
-    return [row(name) for name in names if all(done(name, pair) and done("opd", pair) for pair in EVERY[name].pairs)]
+    return [
+        row(name) for name in names if all(done(name, pair) and done(EVERY[name].baseline, pair) for pair in EVERY[name].pairs)
+    ]
 
 
 def done(name: str, pair: int) -> bool:
     return (run_folder(name, pair) / "done.json").exists()
 
 
+def depth() -> list[Row]:
+    """How likely one more check is, of the first pair's models."""
+    folders = {name: WORK / "pair-0" / name for name in ("teacher", "student")}
+    folders |= {f"student after {EVERY[name].title}": run_folder(name, 0) / "hf" for name in ARMS}
+    return [{"model": name, "goes_on": goes_on(folder)} for name, folder in folders.items() if folder.is_dir()]
+
+
 def row(name: str) -> Row:
     """One arm over its pairs."""
     pairs = EVERY[name].pairs
     final = [final_responses(name, pair) for pair in pairs]
-    plain = [final_responses("opd", pair) for pair in pairs]
+    baseline = EVERY[name].baseline
+    plain = [final_responses(baseline, pair) for pair in pairs]
     return {
         "name": name,
         "title": EVERY[name].title,
         "pairs": list(pairs),
         **figures(final),
-        "over_opd": None if name == "opd" else difference(final, plain),
+        "over_opd": None if name == baseline else difference(final, plain),
         "truncation_above_half": [above_half(metrics(name, pair)) for pair in pairs],
         "best_accuracy": [
             max(each["eval/accuracy"] for each in metrics(name, pair) if "eval/accuracy" in each) for pair in pairs
@@ -129,6 +142,12 @@ def models_table(rows: Sequence[Row]) -> str:
     lines = ["| model | accuracy | truncation | length | repeated 4-grams |", "|---|---|---|---|---|"]
     for each in rows:
         lines.append(f"| {each['name']} | {_cells(each)} |")
+    return "\n".join(lines)
+
+
+def depth_table(rows: Sequence[Row]) -> str:
+    lines = [f"| one more check after | {' | '.join(map(str, DEPTHS))} |", f"|---{'|---' * len(DEPTHS)}|"]
+    lines += [f"| {each['model']} | {' | '.join(f'{value:.3f}' for value in each['goes_on'])} |" for each in rows]
     return "\n".join(lines)
 
 
