@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.reproduction.arms import ARMS, CONFIG, EVERY, command_overrides
 from examples.reproduction.final import Response
-from examples.reproduction.make_models import BOUNDED_TEACHER, CONTEXT, TEACHER
-from examples.reproduction.problems import NUMBERS, UNKNOWN, Style, make_tokenizer, problems
+from examples.reproduction.make_models import BOUNDED_TEACHER, CONTEXT, TEACHER, exchange_end, write_untrained
+from examples.reproduction.problems import EOS, NUMBERS, UNKNOWN, VOCABULARY, Style, make_tokenizer, problems
 from examples.reproduction.table import above_half, difference
 from megatron_opd.config_file import load_config
+from megatron_opd.data.tokenizers import load_tokenizer, stop_ids
 from megatron_opd.evaluation.verify import is_correct
 
 LOSS_TERMS = {"mixture.student", "mixture.gold", "loss.reference_kl"}
@@ -46,6 +50,23 @@ def test_a_response_that_only_checks_is_not_right_however_often_it_names_the_res
         whole = problem.solution(20)
         assert is_correct(whole, problem.answer)
         assert not is_correct(whole[: whole.index("So the answer")], problem.answer)
+
+
+def test_a_teacher_with_another_end_token_is_the_same_teacher(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    write_untrained(tmp_path / "one", tokenizer, 16, 24, 1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "one"))
+    model.save_pretrained(tmp_path / "one")
+    exchange_end(tmp_path / "one", tmp_path / "other")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    ids = torch.tensor([tokenizer.encode(next(problems("test")).question)])
+    end, unknown = VOCABULARY.index(EOS), VOCABULARY.index(UNKNOWN)
+    exchanged = list(range(len(VOCABULARY)))
+    exchanged[end], exchanged[unknown] = unknown, end
+    assert torch.equal(other(ids).logits, model(ids).logits[..., exchanged])
+    assert stop_ids(tmp_path / "other", load_tokenizer(tmp_path / "other")) == (unknown,)
+    assert stop_ids(tmp_path / "one", load_tokenizer(tmp_path / "one")) == (end,)
 
 
 @pytest.mark.parametrize(("style", "mean"), [(Style(again=0.0), 1.0), (Style(again=0.8, most=1000), 5.0)])
