@@ -182,10 +182,9 @@ def _train(
             teacher_scores, reference_scores = (_score(scorer, shares) for scorer in (teacher_scorer, reference_scorer))
         packed = in_order(rollouts, case)
         own = own_part(shares, layout)
-        done = trainer.step(own, teacher_scores, reference_scores, rollouts=packed, keep=range(len(packed)))
-        stats.append(
-            replace(done, responses={rollouts.index(packed[place]): done.responses[place] for place in done.responses})
-        )
+        taken = trainer.step(own, teacher_scores, reference_scores, rollouts=packed, keep=range(len(packed)))
+        of_rollouts = {rollouts.index(packed[place]): values for place, values in taken.responses.items()}
+        stats.append(replace(taken, responses=of_rollouts))
     return trainer, stats
 
 
