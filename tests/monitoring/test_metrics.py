@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_opd.monitoring import JsonlSink, TensorBoardSink, WandbSink, open_sinks
-from megatron_opd.types import OpdError
+from megatron_opd.monitoring.alarms import AlarmLog
+from megatron_opd.types import Alarm, Histogram, OpdError
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -105,7 +107,7 @@ def test_tensorboard_shows_histograms_and_goes_back(tmp_path: Path) -> None:
     sink.rewind(1, rollback=1)
     sink.write(2, {"loss": 20.0})
     sink.close()
-    events = accumulator.EventAccumulator(str(tmp_path))
+    events = accumulator.EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 20)]
     histogram = events.Histograms("lengths")[0].histogram_value
