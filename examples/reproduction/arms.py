@@ -55,7 +55,13 @@ END_TOKENS = {
     "ends_apart": control("it ends with another token, stop_class: none", "loss.stop_class=none", teacher="other_end_teacher"),
     "ends_merged": control("it ends with another token, stop_class: auto", teacher="other_end_teacher"),
 }
-GROUPS = {"arms": ARMS, "controls": CONTROLS, "end_tokens": END_TOKENS}
+# Students that check more and begin with more truncation.
+EAGER = {
+    "eager_opd": Arm("OPD", OPD, student="eager_student", baseline="eager_opd"),
+    "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
+    "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
+}
+GROUPS = {"arms": ARMS, "controls": CONTROLS, "end_tokens": END_TOKENS, "eager": EAGER}
 EVERY = {name: arm for group in GROUPS.values() for name, arm in group.items()}
 
 

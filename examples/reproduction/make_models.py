@@ -31,15 +31,21 @@ HELDOUT, TRAIN = 256, 1280
 TEACHER = Style(again=0.4, endless=0.08)
 BOUNDED_TEACHER = Style(again=0.4)
 STUDENT = Style(again=0.8)
+EAGER_STUDENT = Style(again=0.9)
 GOLD = Style(again=0.0)
-WARMSTARTS = {"teacher": (TEACHER, 36_000), "bounded_teacher": (BOUNDED_TEACHER, 36_000), "student": (STUDENT, 1_500)}
-SIZES = {"teacher": (128, 352, 4), "bounded_teacher": (128, 352, 4), "student": (96, 256, 3)}  # hidden, feed-forward, layers
+WARMSTARTS = {
+    "teacher": (TEACHER, 36_000),
+    "bounded_teacher": (BOUNDED_TEACHER, 36_000),
+    "student": (STUDENT, 1_500),
+    "eager_student": (EAGER_STUDENT, 1_500),
+}
+SIZES = {"teacher": (128, 352, 4), "student": (96, 256, 3)}  # hidden, feed-forward, layers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="a teacher and a student, and the data of their runs")
     parser.add_argument("pair", type=int, help="their number, which seeds everything")
-    parser.add_argument("--models", nargs="+", default=["teacher", "student"], choices=[*SIZES, "other_end_teacher"])
+    parser.add_argument("--models", nargs="+", default=["teacher", "student"], choices=[*WARMSTARTS, "other_end_teacher"])
     args = parser.parse_args()
     make_data(args.pair)
     for name in args.models:
@@ -66,11 +72,13 @@ def make_model(name: str, pair: int) -> None:
         exchange_end(folder / "bounded_teacher", folder / name)
         return
     style, count = WARMSTARTS[name]
+    kind = name.split("_")[-1]  # variants differ in style alone: the same problems, the same initial weights
+    seed = f"warmstart {kind} {pair}"
     solutions = folder / f"warmstart_{name}.jsonl"
-    write(solutions, islice(problems(f"warmstart {name} {pair}"), count), style, f"warmstart {name} {pair}")
-    write_untrained(folder / "untrained" / name, make_tokenizer(), *SIZES[name])
+    write(solutions, islice(problems(seed), count), style, seed)
+    write_untrained(folder / "untrained" / name, make_tokenizer(), *SIZES[kind])
     run = folder / f"warmstart_{name}"
-    config = HERE / f"warmstart_{name.removeprefix('bounded_')}.yaml"
+    config = HERE / f"warmstart_{kind}.yaml"
     train(config, [
         f"run.dir={run}",
         f"run.seed={pair + 1}",

@@ -22,16 +22,19 @@ PAGE = DOCS / "reproduction.md"
 RESULTS = DOCS / "reproduction" / "results.json"
 _WINDOW = 5  # steps: a step has 32 rollouts, so its truncation rate alone jumps
 _RESAMPLES = 10_000
+_REPEATED = ("repeated_weight", "advantage_repeated", "advantage_regular")
+_SPANS = ((1, 10), (11, 20), (21, 40), (41, 120))  # steps
 
 Row = dict[str, Any]
 
 
 def main() -> None:
     groups = {name: rows_of(group) for name, group in GROUPS.items()}
-    results = {"models": models(), **groups, "depth": depth()}
+    results = {"models": models(), **groups, "depth": depth(), "repeated": repeated()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     tables = {"models": models_table(results["models"]), "depth": depth_table(results["depth"])}
+    tables["repeated"] = repeated_table(results["repeated"])
     tables |= {name: runs_table(rows) for name, rows in groups.items()}
     page = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -66,6 +69,20 @@ def depth() -> list[Row]:
     folders = {name: WORK / "pair-0" / name for name in ("teacher", "student")}
     folders |= {f"student after {EVERY[name].title}": run_folder(name, 0) / "hf" for name in ARMS}
     return [{"model": name, "goes_on": goes_on(folder)} for name, folder in folders.items() if folder.is_dir()]
+
+
+def repeated() -> list[Row]:
+    """Advantages on repeated and on other tokens of the first pair's rollouts, in means over some steps."""
+    rows = []
+    for name in ("opd", "stableopd"):
+        if not done(name, 0):
+            continue
+        records = metrics(name, 0)
+        for first, last in _SPANS:
+            steps = [each for each in records if first <= each["step"] <= last]
+            figures = {figure: statistics.fmean(each[f"policy/{figure}"] for each in steps) for figure in _REPEATED}
+            rows.append({"title": EVERY[name].title, "steps": f"{first} to {last}", **figures})
+    return rows
 
 
 def row(name: str) -> Row:
@@ -148,6 +165,14 @@ def models_table(rows: Sequence[Row]) -> str:
 def depth_table(rows: Sequence[Row]) -> str:
     lines = [f"| one more check after | {' | '.join(map(str, DEPTHS))} |", f"|---{'|---' * len(DEPTHS)}|"]
     lines += [f"| {each['model']} | {' | '.join(f'{value:.3f}' for value in each['goes_on'])} |" for each in rows]
+    return "\n".join(lines)
+
+
+def repeated_table(rows: Sequence[Row]) -> str:
+    lines = ["| arm | steps | share of repeated tokens | advantage on them, nats | on the others |", "|---|---|---|---|---|"]
+    for each in rows:
+        share, on_them, on_others = (each[figure] for figure in _REPEATED)
+        lines.append(f"| {each['title']} | {each['steps']} | {share:.2f} | {on_them:.3f} | {on_others:.3f} |")
     return "\n".join(lines)
 
 
