@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.reproduction.arms import ARMS, CONFIG, EVERY, command_overrides
 from examples.reproduction.final import Response
-from examples.reproduction.make_models import BOUNDED_TEACHER, CONTEXT, TEACHER, exchange_end, write_untrained
+from examples.reproduction.make_models import BOUNDED_TEACHER, CONTEXT, TEACHER, alone, exchange_end, write_untrained
 from examples.reproduction.problems import EOS, NUMBERS, UNKNOWN, VOCABULARY, Style, make_tokenizer, problems
 from examples.reproduction.table import above_half, difference
 from megatron_opd.config_file import load_config
@@ -108,6 +110,20 @@ def test_the_interval_of_a_difference_holds_it_and_is_as_wide_as_the_pairs_are_d
     unlike = difference([responses(50), responses(60), responses(70)], [responses(40)] * 3)
     assert unlike["mean"] == pytest.approx(0.2)
     assert unlike["high"] - unlike["low"] > alike["high"] - alike["low"]
+
+
+def test_what_several_want_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(number: int) -> None:
+        with alone(tmp_path / "run"):
+            if not made:
+                time.sleep(0.05)  # the others come to look
+                made.append(number)
+
+    with ThreadPoolExecutor(4) as workers:
+        list(workers.map(make, range(4)))
+    assert len(made) == 1
 
 
 def test_truncation_counts_once_the_mean_of_five_steps_is_above_one_half() -> None:

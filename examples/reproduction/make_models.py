@@ -9,12 +9,14 @@ which go on checking with the same probability, however often they have checked.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -65,8 +67,21 @@ def make_data(pair: int) -> None:
 def make_model(name: str, pair: int) -> None:
     """``work/pair-N/NAME``, unless it is there: a Hugging Face folder."""
     folder = WORK / f"pair-{pair}"
-    if (folder / name / "model.safetensors").exists():
-        return
+    with alone(folder / name):
+        if not (folder / name / "model.safetensors").exists():
+            _make_model(name, pair, folder)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """One thread or process at a time makes ``target``; others that want it wait, and then find it there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_model(name: str, pair: int, folder: Path) -> None:
     if name == "other_end_teacher":
         make_model("bounded_teacher", pair)
         exchange_end(folder / "bounded_teacher", folder / name)
@@ -115,7 +130,9 @@ def write(file: Path, chosen: Iterable[Problem], style: Style, seed: str) -> Non
         json.dumps({"prompt": problem.question, "answer": problem.answer, "solution": problem.solution(style.checks(rng))})
         for problem in chosen
     ]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    if not file.exists() or file.read_text(encoding="utf-8") != text:  # a run may be reading it
+        file.write_text(text, encoding="utf-8")
 
 
 def write_untrained(folder: Path, tokenizer: PreTrainedTokenizerFast, hidden: int, feed_forward: int, layers: int) -> None:

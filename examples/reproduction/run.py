@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from examples.reproduction import figures, table
 from examples.reproduction.arms import CONFIG, EVERY, GROUPS, PAIRS, command_overrides, run_folder
 from examples.reproduction.final import evaluate_model, evaluate_run
-from examples.reproduction.make_models import WORK, make_data, make_model
+from examples.reproduction.make_models import WORK, alone, make_data, make_model
 
 
 def main() -> None:
@@ -57,14 +57,15 @@ def run(name: str, pair: int) -> None:
     folder, overrides = run_folder(name, pair), command_overrides(name, pair)
     identity = {"config": CONFIG.read_text(encoding="utf-8"), "overrides": overrides}
     done = folder / "done.json"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["identity"] == identity:
-        return
-    started = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
-    logged([sys.executable, "-m", "megatron_opd.cli", "train", str(CONFIG), *overrides], folder)
-    evaluate_run(name, pair)
-    seconds = time.monotonic() - started
-    done.write_text(json.dumps({"identity": identity, "seconds": seconds}), encoding="utf-8")
+    with alone(folder):
+        if done.exists() and json.loads(done.read_text(encoding="utf-8"))["identity"] == identity:
+            return
+        started = time.monotonic()
+        shutil.rmtree(folder, ignore_errors=True)
+        logged([sys.executable, "-m", "megatron_opd.cli", "train", str(CONFIG), *overrides], folder)
+        evaluate_run(name, pair)
+        seconds = time.monotonic() - started
+        done.write_text(json.dumps({"identity": identity, "seconds": seconds}), encoding="utf-8")
     print(f"{folder.relative_to(WORK)}: {seconds:.0f} s", flush=True)
 
 
