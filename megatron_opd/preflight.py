@@ -161,7 +161,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         check_same_tokenizer(tokenizer, other, str(student.path), str(path))
     teacher_tokenizers = {name: others.get(folder.path, tokenizer) for name, folder in teachers.items()}
     own_stops = stop_ids(student.path, tokenizer)
-    teacher_stops = {name: stop_ids(folder.path, tokenizer) for name, folder in teachers.items()}
+    teacher_stops = {name: stop_ids(folder.path, teacher_tokenizers[name]) for name, folder in teachers.items()}
     stop_class = tuple(sorted({*own_stops, *(index for stops in teacher_stops.values() for index in stops)}))
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= vocab_size:

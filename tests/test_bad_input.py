@@ -301,9 +301,9 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "solution with the teacher's end": (
         both(
-            edit_json("teacher/generation_config.json", eos_token_id=[1, 44]), add_line(answer="40", solution="1 + 39 = . 40")
+            edit_json("teacher/generation_config.json", eos_token_id=[1, 47]), add_line(answer="40", solution="1 + 39 = . 40")
         ),
-        ["train.jsonl:1:", "end token 44 ('=')"],
+        ["train.jsonl:61", "end token 47 ('.')"],
     ),
     "empty answer": (add_line(answer=" ", solution="40"), ["train.jsonl:61", "'answer' is empty", "drop the key"]),
     "held-out prompts without answers": (

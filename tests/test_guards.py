@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from megatron_opd import cli
+from megatron_opd.config import ParallelConfig
 from megatron_opd.config_file import validate_config
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
@@ -65,9 +66,9 @@ def edit_json(file: Path, **values: Any) -> None:
 
 
 def end_with_other_token(folder: Path) -> None:
-    edit_json(folder / "teacher" / "generation_config.json", eos_token_id=2)
-    for name in ("config.json", "tokenizer_config.json"):
-        edit_json(folder / "teacher" / name, eos_token_id=2, eos_token="<unk>")
+    for name in ("generation_config.json", "config.json"):
+        edit_json(folder / "teacher" / name, eos_token_id=2)
+    edit_json(folder / "teacher" / "tokenizer_config.json", eos_token="<unk>")
 
 
 def test_end_tokens_are_named_and_compared(inputs: tuple[Path, Tree], capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +100,11 @@ def test_different_end_tokens_without_a_stop_class_are_warned_of(
 
 def test_special_tokens_that_disagree_are_listed(inputs: tuple[Path, Tree], capsys: pytest.CaptureFixture[str]) -> None:
     folder, tree = inputs
-    edit_json(folder / "teacher" / "tokenizer_config.json", pad_token="<unk>", chat_template="{{ messages }}")
+    edit_json(folder / "teacher" / "tokenizer_config.json", pad_token="<unk>")
+    (folder / "teacher" / "chat_template.jinja").write_text("{{ messages }}")
+    file = folder / "teacher" / "tokenizer.json"
+    added = json.loads(file.read_text())["added_tokens"]
+    edit_json(file, added_tokens=[token for token in added if token["content"] != "<pad>"])
     [line] = check(folder, tree, capsys)[1]
     assert line.startswith("megatron-opd: note: teacher.model: tokenizer (student / teacher): ")
     assert "pad_token: '<pad>' (0) / '<unk>' (2)" in line
@@ -181,23 +186,30 @@ def test_solutions_end_with_the_tokenizers_own_end_token(inputs: tuple[Path, Tre
     assert prompt.solution_ids is not None and prompt.solution_ids[-1] == 1
 
 
-# What only the models show: a system is built as a run builds it.
+# What only the models show: systems are built as a run builds them.
+
+Told = tuple[str, str]  # the refusal of a run's start, empty where it starts, and what a rank tells
 
 
-def start(tree: Tree) -> str:
-    """The refusal of a run's start; empty where it starts."""
-    config, platform = validate_config(tree), Platform.detect()
+def start(trees: dict[str, Tree]) -> dict[str, Told]:
+    """Of each run, one after another; their students have the same layout."""
+    platform, outcomes = Platform.detect(), {}
     platform.prepare_process()
-    try:
-        inputs = prepare(config, platform, 2)
-        build_system(config, inputs, platform, init_layout(config.student.parallel, config.run.seed)).close()
-    except OpdError as error:
-        return str(error)
-    return ""
+    layout = init_layout(ParallelConfig(tp=2), seed=1)
+    for name, tree in trees.items():
+        config, refusal = validate_config(tree), ""
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                inputs = prepare(config, platform, 2)
+                build_system(config, inputs, platform, layout).close()
+            except OpdError as error:
+                refusal = str(error)
+        outcomes[name] = refusal, told.getvalue()
+    return outcomes
 
 
 def measured(tree: Tree) -> tuple[list[float], list[float]]:
-    """Log-probabilities of the teacher and of the student on the probe, and this rank's data-parallel rank."""
+    """Log-probabilities of the teacher and of the student on the probe."""
     config, platform = validate_config(tree), Platform.detect()
     platform.prepare_process()
     inputs = prepare(config, platform, 2)
@@ -209,72 +221,93 @@ def measured(tree: Tree) -> tuple[list[float], list[float]]:
     return teacher, student_log_probs(system.trainer, probe)
 
 
-def zero_all(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+def zero_all(tensors: dict[str, torch.Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.zero_()
 
 
-def zero_head(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
+def zero_head(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"].zero_()
-    save_file(tensors, file, {"format": "pt"})
 
 
-def never_trained(folder: Path) -> None:
-    """As transformers initialises it."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).save_pretrained(folder)
+def never_trained(tensors: dict[str, torch.Tensor]) -> None:
+    """As transformers initialises them: normal with 0.02, norms 1."""
+    for tensor in tensors.values():
+        if tensor.dim() > 1:
+            tensor.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        else:
+            tensor.fill_(1)
 
 
-def not_a_number(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
+def not_a_number(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.norm.weight"][0] = math.nan
-    save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize("spoil", [zero_all, zero_head, never_trained])
-def test_a_uniform_teacher_is_refused_before_the_first_step(
-    inputs: tuple[Path, Tree], pool: WorkerPool, spoil: Callable[[Path], None]
-) -> None:
-    folder, tree = inputs
-    spoil(folder / "teacher")
-    tree["eval"] = None
-    refusals = pool.run(2, start, tree)
-    uniform = -math.log(53)
-    for refusal in refusals:
+SPOILT = {"zero": zero_all, "zero head": zero_head, "never trained": never_trained, "nan": not_a_number}
+
+
+@pytest.fixture(scope="module")
+def starts(good: tuple[Path, Tree], tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> list[dict[str, Told]]:
+    """Of each rank: runs with each of the spoilt teachers, with a spoilt reference, and with other end tokens alone."""
+    source, tree = good
+    folder = tmp_path_factory.mktemp("spoilt")
+    tree = {**tree, "eval": None, "mixture": {"student": 2, "gold": 1}}
+    trees: dict[str, Tree] = {}
+    for name, spoil in SPOILT.items():
+        shutil.copytree(source / "teacher", folder / name)
+        tensors = load_file(folder / name / "model.safetensors")
+        spoil(tensors)
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        trees[name] = {**tree, "teacher": {"model": str(folder / name)}}
+    trees["reference"] = {**tree, "reference": {"model": str(folder / "zero head"), "parallel": {"dp": 2}}}
+    shutil.copytree(source / "teacher", folder / "teacher")
+    end_with_other_token(folder)
+    trees["other end"] = {**tree, "teacher": {"model": str(folder / "teacher")}}
+    outcomes: list[dict[str, Told]] = pool.run(2, start, trees)
+    return outcomes
+
+
+@pytest.mark.parametrize("name", ["zero", "zero head", "never trained"])
+def test_a_uniform_teacher_is_refused_before_the_first_step(starts: list[dict[str, Told]], name: str) -> None:
+    for rank in starts:
+        refusal = rank[name][0]
         assert refusal.startswith("teacher.model: 48 tokens of the gold solutions have ")
-        assert f"each about -ln V = {uniform:.2f}" in refusal and "give a trained model" in refusal
+        assert f"about -ln V = {-math.log(53):.2f}" in refusal and refusal.endswith("give a trained model")
 
 
-def test_a_uniform_reference_is_refused_and_a_teacher_with_nan(inputs: tuple[Path, Tree], pool: WorkerPool) -> None:
-    folder, tree = inputs
-    tree["eval"] = None
-    shutil.copytree(folder / "teacher", folder / "reference")
-    zero_head(folder / "reference")
-    tree["reference"] = {"model": str(folder / "reference"), "parallel": {"pp": 1, "tp": 1}}
-    assert all(line.startswith("reference.model: 48 tokens") for line in pool.run(2, start, tree))
-    not_a_number(folder / "teacher")
-    assert set(pool.run(2, start, tree)) == {
-        "teacher.model: its log-probabilities of the gold solutions are not finite; check its weights"
-    }
+def test_a_uniform_reference_is_refused(starts: list[dict[str, Told]]) -> None:
+    assert all(rank["reference"][0].startswith("reference.model: 48 tokens of the gold solutions") for rank in starts)
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"cp": 2}, {"dp": 2}])
+def test_a_teacher_with_nan_is_refused_before_the_first_step(starts: list[dict[str, Told]]) -> None:
+    message = "teacher.model: its log-probabilities of the gold solutions are not finite; check its weights"
+    assert [rank["nan"][0] for rank in starts] == [message, message]
+
+
+def test_a_run_tells_its_findings_once_before_the_first_step(starts: list[dict[str, Told]]) -> None:
+    assert [rank["other end"][0] for rank in starts] == ["", ""]
+    told = [line for rank in starts for line in rank["other end"][1].splitlines() if line.startswith("megatron-opd: ")]
+    assert sum("note: end tokens differ" in line for line in told) == 1
+    assert sum("warning: teacher.model: 48 tokens of the gold solutions" in line for line in told) == 1  # it is random
+
+
+@pytest.mark.parametrize(
+    ("parallel", "teachers"),
+    [({"tp": 2}, {"tp": 2}), ({"cp": 2}, {"tp": 2}), ({"dp": 2}, {"cp": 2}), ({"pp": 2}, {"dp": 2})],
+    ids=["tp2", "cp2", "dp2", "pp2"],
+)
 def test_the_probe_measures_what_transformers_does(
-    inputs: tuple[Path, Tree], pool: WorkerPool, parallel: dict[str, int]
+    inputs: tuple[Path, Tree], pool: WorkerPool, parallel: dict[str, int], teachers: dict[str, int]
 ) -> None:
     folder, tree = inputs
     tree["student"] |= {"parallel": parallel, "offload": True}
-    tree["teacher"]["offload"] = True
+    tree["teacher"] |= {"parallel": teachers, "offload": True}
     tree["eval"] = None
     tokenizer = load_tokenizer(folder / "student")
     prompts = load_prompts(folder / "train.jsonl", tokenizer, stop_id=1, max_prompt_tokens=99, require_solutions=True)[:8]
-    for ranks in zip(*pool.run(2, measured, tree), strict=True):
-        assert ranks[0] == ranks[1]  # on all ranks
-    both = pool.run(2, measured, tree)[0]
-    for name, found in zip(("teacher", "student"), both, strict=True):
+    first, second = pool.run(2, measured, tree)
+    assert first == second  # on all ranks
+    for name, found in zip(("teacher", "student"), first, strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64)
         expected: list[float] = []
         for prompt in prompts:
@@ -284,18 +317,6 @@ def test_the_probe_measures_what_transformers_does(
                 log_probs = model(ids).logits[0, len(prompt.token_ids) - 1 : -1, :53].log_softmax(-1)
             expected += log_probs.gather(1, ids[0, len(prompt.token_ids) :, None]).squeeze(1).tolist()
         assert sorted(found) == pytest.approx(sorted(expected), abs=1e-4)  # the order is that of the micro-batches
-
-
-def test_a_run_tells_its_findings_once_before_the_first_step(inputs: tuple[Path, Tree]) -> None:
-    folder, tree = inputs
-    end_with_other_token(folder)
-    tree |= {"eval": None, "mixture": {"student": 1, "gold": 1}}
-    tree["run"]["steps"], tree["optimizer"]["warmup_steps"] = 1, 0
-    result = runs.run(folder, tree)
-    assert result.returncode == 0, result.stderr
-    told = [line for line in result.stderr.splitlines() if line.startswith("megatron-opd: ")]
-    assert sum("note: end tokens differ" in line for line in told) == 1
-    assert sum("warning: teacher.model: 48 tokens of the gold solutions" in line for line in told) == 1  # it is random
 
 
 def judged(mean: float, student: float | None, text: str = "gold solutions") -> str | None:
@@ -314,9 +335,9 @@ def test_a_teacher_that_knows_little_is_warned_of_by_degrees() -> None:
     assert judged(-3.0, -0.5, "prompts") is None  # which nobody was taught to write
     below = judged(-8.0, None)
     assert below is not None and "less than a uniform distribution's -6.91" in below
-    with pytest.raises(OpdError, match=r"40 tokens .* -6\.91 nats on average, each about -ln V"):
+    with pytest.raises(OpdError, match=r"40 tokens .* -6\.91 nats on average, about -ln V"):
         judge("teacher", [-6.9, -6.92] * 20, Probe("prompts", []), None, 1000)
-    with pytest.raises(OpdError, match="each about"):
+    with pytest.raises(OpdError, match="about -ln V"):
         judge("teacher", [-3.0] * 40, Probe("prompts", []), None, 1000)  # one value throughout
 
 

@@ -25,6 +25,7 @@ from megatron_opd.types import Objective, OpdError, PackedBatch, Prompt, Rollout
 _PROMPTS = 8
 _TOKENS = 512  # of each response, at most
 _FEWEST = 16  # log-probabilities from which to judge
+_NEAR = 0.1  # nats a token
 _MUCH = 1.0  # nats a token; ours: a teacher may know the style of the solutions less than a student that was tuned on them
 _LABELS_ALONE = Objective(
     opd="sampled",
@@ -120,9 +121,9 @@ def judge(
         raise OpdError(f"{section}.model: its log-probabilities of the {probe.text} are not finite; check its weights")
     mean = statistics.fmean(log_probs)
     about = f"{section}.model: {len(log_probs)} tokens of the {probe.text} have {mean:.2f} nats on average"
-    if learnt_nothing(values, vocab_size):
+    if learnt_nothing(values, vocab_size) or abs(mean - uniform) < _NEAR:
         raise OpdError(
-            f"{about}, each about -ln V = {uniform:.2f}: it has no weights or was never trained; give a trained model"
+            f"{about}, about -ln V = {uniform:.2f}: it has no weights or was never trained; give a trained model"
         )
     if mean < uniform:
         return f"{about}, less than a uniform distribution's {uniform:.2f}; check that these are a trained model's weights"
