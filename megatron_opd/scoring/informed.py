@@ -122,9 +122,7 @@ def judge(
     mean = statistics.fmean(log_probs)
     about = f"{section}.model: {len(log_probs)} tokens of the {probe.text} have {mean:.2f} nats on average"
     if learnt_nothing(values, vocab_size) or abs(mean - uniform) < _NEAR:
-        raise OpdError(
-            f"{about}, about -ln V = {uniform:.2f}: it has no weights or was never trained; give a trained model"
-        )
+        raise OpdError(f"{about}, about -ln V = {uniform:.2f}: it has no weights or was never trained; give a trained model")
     if mean < uniform:
         return f"{about}, less than a uniform distribution's {uniform:.2f}; check that these are a trained model's weights"
     if student is not None and probe.text != "prompts" and mean < (own := statistics.fmean(student)) - _MUCH:
