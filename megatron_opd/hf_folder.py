@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from functools import cached_property
@@ -98,6 +99,21 @@ class HFFolder:
                     raise OpdError(f"{file}: tensor {name} is listed in {INDEX} but not there; download the shard again")
                 headers[name] = present[name]
         return headers
+
+    def same_weights(self, other: HFFolder) -> bool:
+        """Whether both hold the same tensors, value for value, in whatever files.
+
+        Reads the smallest tensors first and ends at the first difference; False where either folder has no weights here.
+        """
+        if self.path.resolve() == other.path.resolve():
+            return True
+        if not (self._has_weights() and other._has_weights()) or self.shapes != other.shapes:
+            return False
+        names = sorted(self.shapes, key=lambda name: math.prod(self.shapes[name]))
+        return all(_equal(self.tensor(name), other.tensor(name)) for name in names)
+
+    def _has_weights(self) -> bool:
+        return (self.path / INDEX).exists() or (self.path / SINGLE).exists()
 
     def check_files(self) -> None:
         """All tensors that the files promise are there. Raises OpdError."""
@@ -239,6 +255,11 @@ def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Of the same shape; fp32 that holds bf16's values equals them."""
+    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.double(), other.double())
 
 
 def _first_line(error: Exception) -> str:

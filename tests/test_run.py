@@ -82,7 +82,7 @@ def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path
     tree["data"] = {"prompts": str(routed), "prompts_per_step": 4}
     tree["teachers"] = {
         "a": {"model": str(folder / "teacher"), "parallel": {"cp": 2}, "offload": True},
-        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True},
+        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True, "self_distillation": True},
     }
     tree["student"] = {**config["student"], "offload": True}
     tree["reference"] = {"parallel": {"dp": 2}}
@@ -157,7 +157,7 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     checkpoint = str(folder / "run" / "checkpoints")
     loaded = {**config, "run": {"name": "loaded", "dir": str(folder / "loaded"), "steps": 1}, "eval": None}
     loaded["student"] = {**config["student"], "model": str(student), "load": checkpoint, "parallel": {"pp": 2}}
-    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}}
+    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}, "self_distillation": True}
     loaded["mixture"] = {"student": 2, "teacher": 0, "gold": 1}
     loaded["optimizer"] = {"lr": 1.0e-3, "warmup_steps": 0}
     result = runs.run(folder, loaded)
