@@ -27,12 +27,15 @@ def write_report(
     runs = read_runs(folders)
     target = Path(out) if out else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     figures = write_pngs(runs, Path(png)) if png else []
-    page = render(runs, read_samples(runs, samples), datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))
+    read = read_samples(runs, samples)
+    page = render(runs, read, datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))
     _write(target, page)
     lines = [f"{target}  {len(page.encode()) / 1e6:.1f} MB, {_count(runs)}"]
     if figures:
         lines.append(f"{png}  {len(figures)} figures")
-    return lines + [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return lines + [
+        f"{run.name}: {note}" for run, of_run in zip(runs, read, strict=True) for note in (*run.notes, *of_run.notes)
+    ]
 
 
 def _write(target: Path, page: str) -> None:

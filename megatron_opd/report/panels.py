@@ -29,7 +29,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Panel:
-    """``lines``: all runs in one plot. One for each run: ``fan``, percentiles as bands; ``heat``, a histogram; ``stack``, a sum."""
+    """``lines``: all runs in one plot. One for each run: ``fan``, percentiles; ``heat``, a histogram; ``stack``, a sum."""
 
     key: str  # the name of its PNG file
     title: str
@@ -83,10 +83,23 @@ SECTIONS = (
                 (Curve("rollout/accuracy", "rollouts"),),
                 low=0.0,
             ),
+            Panel(
+                "truncation",
+                "Truncation",
+                "share",
+                "Responses that ran out of tokens without an end token; beyond 50% they dominate the gradient.",
+                (
+                    Curve("rollout/truncation_rate", "rollouts"),
+                    Curve("eval/truncation_rate", "held-out", joined=True),
+                ),
+                low=0.0,
+                high=1.0,
+                levels=_limits("truncation"),
+            ),
         ),
     ),
     Section(
-        "Length and truncation",
+        "Length",
         (
             Panel(
                 "length_fan",
@@ -109,19 +122,6 @@ SECTIONS = (
                 (Curve(HISTOGRAM, "share of the responses"),),
                 kind="heat",
                 low=0.0,
-            ),
-            Panel(
-                "truncation",
-                "Truncation",
-                "share",
-                "Responses that ran out of tokens without an end token; beyond 50% they dominate the gradient.",
-                (
-                    Curve("rollout/truncation_rate", "rollouts"),
-                    Curve("eval/truncation_rate", "held-out", joined=True),
-                ),
-                low=0.0,
-                high=1.0,
-                levels=_limits("truncation"),
             ),
             Panel(
                 "length_mean",
@@ -334,10 +334,10 @@ SECTIONS = (
                 "time",
                 "Time of a step by phase",
                 "seconds",
-                "Rollouts that inflate make their phase grow first.",
+                "Rollouts that inflate make their phase grow first. The rest is evaluation and checkpoints above all.",
                 (
                     *(Curve(name, name.removeprefix("time/").replace("_", " ")) for name in PHASES),
-                    Curve(REST, "evaluation, checkpoint, rest"),
+                    Curve(REST, "rest"),
                 ),
                 kind="stack",
                 low=0.0,

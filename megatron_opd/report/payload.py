@@ -84,7 +84,7 @@ def _run(run: Run, samples: RunSamples) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "story": story(run),
-        "notes": [*run.notes, *_sample_notes(samples)],
+        "notes": [*run.notes, *samples.notes],
         "config": run.config_text,
         "budget": run.setting("rollout.sampling.max_new_tokens"),
         "curves": _curves(run.curves),
@@ -106,19 +106,6 @@ def _run(run: Run, samples: RunSamples) -> dict[str, Any]:
         ],
         "sampled_steps": sorted(samples.by_step),
     }
-
-
-def _sample_notes(samples: RunSamples) -> list[str]:
-    notes = []
-    held = len(samples.by_step)
-    if not samples.recorded:
-        notes.append("samples: none recorded")
-    elif held < samples.recorded:
-        responses = sum(map(len, samples.by_step.values()))
-        notes.append(f"samples: {held} of {samples.recorded:,} recorded steps are here, {responses:,} responses; --samples N")
-    if samples.damaged:
-        notes.append(f"samples: {samples.damaged} lines left out: no whole JSON object with a text")
-    return notes
 
 
 def _curves(curves: Curves) -> dict[str, Any]:

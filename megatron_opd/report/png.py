@@ -19,6 +19,7 @@ _HUES = ("#0072b2", "#d55e00", "#009e73", "#b8578f", "#b88600", "#3f9bd1", "#6d5
 _MUTED, _WARN, _STOP = "#626b76", "#b26a00", "#c4252a"
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH, _HEIGHT, _DPI = 7.0, 3.6, 150  # inches of a plot
+_FULL = 0.25  # the share of the responses from which a cell of a histogram has its full colour, as in heat.js
 _COLUMNS = 3  # plots beside each other, at most
 
 
@@ -65,7 +66,7 @@ def _draw(new_figure: Any, panel: Panel, runs: Sequence[Run], colors: _Colors) -
     columns, rows = min(len(parts), _COLUMNS), -(-len(parts) // _COLUMNS)
     figure = new_figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
     figure.suptitle(panel.title, fontsize=11)
-    grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for axes, part in zip(grid, parts, strict=False):
         match panel.kind:
             case "lines":
@@ -82,7 +83,7 @@ def _draw(new_figure: Any, panel: Panel, runs: Sequence[Run], colors: _Colors) -
         _mark_levels(axes, panel, part)
         _mark_alarms(axes, part, colors)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False, loc="best")
+            axes.legend(fontsize=7, loc="best", framealpha=0.8, edgecolor="none")
     for axes in grid[len(parts) :]:
         axes.remove()
     return figure
@@ -131,9 +132,9 @@ def _heat(axes: Any, run: Run, colors: _Colors) -> None:
     edges = [*(step - 0.5 for step in steps), steps[-1] + 0.5]
     shades = LinearSegmentedColormap.from_list("share", ["#ffffff", colors.of(run)])
     # The root, so that single responses are seen beside a crowd.
-    norm = PowerNorm(0.5, 0.0, 1.0)
+    norm = PowerNorm(0.5, 0.0, _FULL, clip=True)
     mesh = axes.pcolormesh(edges, [top * i / bins for i in range(bins + 1)], shares, cmap=shades, norm=norm)
-    axes.figure.colorbar(mesh, ax=axes, label="share of the responses")
+    axes.figure.colorbar(mesh, ax=axes, label="share of the responses", extend="max")
 
 
 def _stack(axes: Any, panel: Panel, run: Run) -> None:

@@ -43,6 +43,19 @@ class RunSamples:
     recorded: int  # steps with a samples file
     damaged: int  # lines left out
 
+    @property
+    def notes(self) -> list[str]:
+        """What is not here, for the reader."""
+        held, notes = len(self.by_step), []
+        if not self.recorded:
+            notes.append("samples: none recorded")
+        elif held < self.recorded:
+            responses = sum(map(len, self.by_step.values()))
+            notes.append(f"samples: {held} of {self.recorded:,} recorded steps are in, {responses:,} responses; --samples N")
+        if self.damaged:
+            notes.append(f"samples: {self.damaged} lines left out: no whole JSON object with a text")
+        return notes
+
 
 def read_samples(runs: Sequence[Run], limit: int | None) -> list[RunSamples]:
     """For each run the same steps, of no more than ``limit`` responses, which may cut the last one.

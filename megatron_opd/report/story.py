@@ -12,6 +12,7 @@ from megatron_opd.report.runs import AlarmLine, Run
 
 _NOTHING = "\N{EN DASH}"
 _WINDOW = 5  # steps behind "start" and "end" of figures of rollouts, which are noisy; ours
+_APART = 10  # steps; ours
 _MANY = 0.5  # the truncation rate from which truncated rollouts are most of the batch
 
 
@@ -25,7 +26,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Episode:
-    """Alarms of one monitor and level in steps that follow each other (of those that were observed)."""
+    """Alarms of one monitor and level, each no more than ``_APART`` steps after the one before."""
 
     first: AlarmLine
     last_step: int
@@ -36,14 +37,7 @@ class Episode:
 def story(run: Run) -> list[str]:
     """Sentences, each true by itself; what was not measured has none."""
     sentences = [_extent(run), _accuracy(run), _truncation(run)]
-    for name, what, form in (
-        ("rollout/length_mean", "The mean response", _tokens),
-        ("rollout/repeated_ngrams", "The share of repeated 4-grams", _percent),
-    ):
-        change = change_of(run, name)
-        if change is not None:
-            sentences.append(f"{what} went from {form(change.start)} to {form(change.end)}{_times(change)}.")
-    sentences += [_advantage(run), _alarms(run), _rollbacks(run)]
+    sentences += [_length(run), _repetition(run), _advantage(run), _alarms(run), _rollbacks(run)]
     skipped = [value for _, value in run.curves.measured("skipped_steps")]
     if skipped and skipped[-1]:
         sentences.append(f"{skipped[-1]:.0f} steps were skipped for a non-finite loss or gradient.")
@@ -79,14 +73,12 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def episodes(run: Run) -> list[Episode]:
-    """The alarms, those of neighbouring steps as one; by step."""
-    place = {step: i for i, step in enumerate(run.curves.steps)}
+    """The alarms by step, those near each other as one; one with an action stands for itself."""
     running: dict[tuple[str, str], list[AlarmLine]] = {}
     groups: list[list[AlarmLine]] = []
     for alarm in sorted(run.alarms, key=lambda alarm: alarm.step):
         group = running.get((alarm.monitor, alarm.level))
-        before = place.get(group[-1].step) if group else None
-        if group and before is not None and place.get(alarm.step, -2) - before in (0, 1) and not alarm.action:
+        if group and alarm.step - group[-1].step <= _APART and not alarm.action:
             group.append(alarm)
         else:
             running[alarm.monitor, alarm.level] = group = [alarm]
@@ -134,20 +126,36 @@ def _truncation(run: Run) -> str:
     if not points:
         return ""
     change = change_of(run, "rollout/truncation_rate")
-    end = f" and was {_percent(change.end)} at the end" if change else ""
-    above = [step for step, value in points if value > _MANY]
-    if not above:
+    end = f"; it was {_percent(change.end)} at the end" if change else ""
+    crossing = next((step for step, value in points if value > _MANY), None)
+    if crossing is None:
         step, value = max(points, key=lambda point: point[1])
-        if value == 0:
-            return "No rollout was truncated."
-        return f"Truncation stayed at or below {_percent(value)}, which it reached at step {step:,}{end}."
-    below = [step for step, value in points if value <= _MANY]
-    stayed = min(step for step in above if not below or step > below[-1]) if above[-1] == points[-1][0] else None
-    if stayed == above[0]:
-        return f"Truncation crossed 50% at step {above[0]:,}, stayed above it{end}."
-    if stayed is not None:
-        return f"Truncation first crossed 50% at step {above[0]:,}, stayed above it from step {stayed:,}{end}."
-    return f"Truncation crossed 50% at step {above[0]:,}, was last above it at step {above[-1]:,}{end}."
+        return f"Truncation was never above {_percent(value)} (step {step:,}){end}." if value else "No rollout was truncated."
+    since = [value > _MANY for step, value in points if step >= crossing]
+    stayed = "stayed above" if all(since) else f"was above it in {statistics.fmean(since):.0%} of the steps since"
+    return f"Truncation crossed 50% at step {crossing:,} and {stayed}{end}."
+
+
+def _length(run: Run) -> str:
+    change = change_of(run, "rollout/length_mean")
+    if change is None:
+        return ""
+    budget = run.setting("rollout.sampling.max_new_tokens")
+    of = f" (of at most {budget:,})" if isinstance(budget, int) else ""
+    factor = change.end / change.start if change.start > 0 else 1.0
+    if 0.8 < factor < 1.25:
+        return f"The mean response has {change.end:,.0f} tokens at the end{of}, {change.start:,.0f} at the start."
+    verb, times = ("grew", f"{factor:.1f} times as long") if factor > 1 else ("shrank", f"{factor:.0%} of it")
+    return f"The mean response {verb} from {change.start:,.0f} to {change.end:,.0f} tokens{of}: {times}."
+
+
+def _repetition(run: Run) -> str:
+    change = change_of(run, "rollout/repeated_ngrams")
+    if change is None:
+        return ""
+    return (
+        f"Of the 4-grams in a response {_percent(change.end)} were repeats at the end, {_percent(change.start)} at the start."
+    )
 
 
 def _advantage(run: Run) -> str:
@@ -182,11 +190,6 @@ def _rollbacks(run: Run) -> str:
     ]
     many = f"{len(discarded)} rollbacks" if len(discarded) > 1 else "One rollback"
     return f"{many} discarded the steps {', '.join(discarded)}."
-
-
-def _times(change: Change) -> str:
-    factor = change.end / change.start if change.start > 0 else 0.0
-    return f", {factor:.1f} times as much" if factor >= 1.5 else ""
 
 
 def _best(run: Run) -> str:
@@ -244,10 +247,6 @@ def _form(value: float | None, form: Callable[[float], str]) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}"
-
-
-def _tokens(value: float) -> str:
-    return f"{value:,.0f} tokens"
 
 
 def _model(value: Any) -> str:

@@ -64,13 +64,19 @@ const Charts = (() => {
             stroke: ghost ? () => Theme.fade(color(), 0.35) : color,
             width: ghost ? 1 : 1.5,
             dash: Data.runs.length > 1 ? DASHES[i % DASHES.length] : [],
-            points: curve.joined ? { show: true, size: ghost ? 3 : 5, fill: color } : { size: 4 },
+            points: curve.joined ? { show: apart, size: ghost ? 3 : 5, fill: color } : { size: 4 },
           });
           meta.push({ run: run.index, curve: i, ghost });
         }
       }
     }
     return { data: uPlot.join(tables), series, meta, y: span(panel, runs) };
+  }
+
+  // Whether points of these indices have room beside each other.
+  function apart(u, i, from, to) {
+    const count = u.data[i].slice(from, to + 1).filter((value) => value !== null && value !== undefined).length;
+    return count * 8 * devicePixelRatio <= u.bbox.width;
   }
 
   const measured = (steps, column) => [steps.filter((_, i) => column[i] !== null), column.filter((value) => value !== null)];
@@ -132,6 +138,7 @@ const Charts = (() => {
     return (u, min, max) => {
       const from = [min, max, ...levels].filter((each) => each !== null && Number.isFinite(each));
       if (from.length === 0) return [panel.low ?? 0, panel.high ?? 1];
+      if (panel.low === 0 && Math.max(...from) === 0) return [0, panel.high ?? 1];
       let [low, high] = uPlot.rangeNum(Math.min(...from, ...(panel.low === 0 ? [0] : [])), Math.max(...from), 0.08, true);
       low = panel.low ?? low;
       high = panel.high ?? (panel.unit === "share" ? Math.min(high, Math.max(1, ...from)) : high);

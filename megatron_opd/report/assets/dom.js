@@ -23,7 +23,7 @@ const Dom = (() => {
   function select(label, options, value, onchange) {
     const control = el(
       "select",
-      { onchange: () => onchange(control.value) },
+      { "aria-label": label, onchange: () => onchange(control.value) },
       options.map(([each, text]) => el("option", { value: each, selected: String(each) === String(value) }, text)),
     );
     return el("label", { class: "control" }, label, control);

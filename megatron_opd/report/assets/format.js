@@ -20,7 +20,7 @@ const Format = (() => {
     if (unit === "share") return `${Number((100 * number).toPrecision(6))}%`;
     const size = Math.abs(number);
     if (size >= 1e4) return compact.format(number);
-    return size !== 0 && size < 1e-3 ? number.toExponential(0) : String(Number(number.toPrecision(6)));
+    return size !== 0 && size < 1e-3 ? Number(number.toPrecision(2)).toExponential() : String(Number(number.toPrecision(6)));
   }
 
   const step = (number) => whole.format(number);

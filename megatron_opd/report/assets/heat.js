@@ -4,7 +4,8 @@ const Heat = (() => {
   const budget = (run) => run.budget ?? binCount(run);
   const binCount = (run) => Math.max(...run.curves.histograms.map((counts) => counts?.length ?? 0));
   const top = (run) => budget(run);
-  const strength = (share) => Math.sqrt(share); // so that single responses are seen beside a crowd
+  const FULL = 0.25; // the share of the responses from which a cell has its full colour
+  const strength = (share) => Math.sqrt(Math.min(1, share / FULL)); // the root, so that single responses are seen beside a crowd
 
   // Steps share a column of pixels where there are more steps than pixels: then a cell is the mean over them.
   function draw(u, run) {

@@ -58,8 +58,12 @@
   const blocks = [
     section(
       "Story",
-      el("div", { class: "story-and-figures" }, el("div", { class: "stories" }, Tables.stories()), Tables.byRun(report.key_figures, "")),
-      el("p", { class: "note" }, "Start and end are means over 5 steps."),
+      el(
+        "div",
+        { class: runs.length > 1 ? "story-of-several" : "story-of-one" },
+        el("div", { class: "stories" }, Tables.stories()),
+        el("div", {}, Tables.byRun(report.key_figures, ""), el("p", { class: "note" }, "Start and end: means of the first and the last 5 steps.")),
+      ),
       ...differences,
     ),
     section("Alarms", Tables.alarms(Rollouts.goTo)),

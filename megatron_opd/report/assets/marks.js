@@ -14,6 +14,8 @@ const Marks = (() => {
     ctx.save();
     clip(ctx, bbox);
     ctx.font = `${10.5 * ratio}px system-ui, sans-serif`;
+    ctx.textAlign = "left";
+    ctx.textBaseline = "alphabetic";
     for (const { run, alarm } of all) {
       const x = Math.round(u.valToPos(alarm.step, "x", true));
       const end = u.valToPos(alarm.last_step, "x", true);
@@ -50,6 +52,7 @@ const Marks = (() => {
     clip(ctx, bbox);
     ctx.font = `${10.5 * ratio}px system-ui, sans-serif`;
     ctx.textAlign = "right";
+    ctx.textBaseline = "alphabetic";
     for (const [{ label, value, run }, ...others] of same.values()) {
       const y = Math.round(u.valToPos(value, "y", true));
       if (y < bbox.top - 1 || y > bbox.top + bbox.height + 1) continue;

@@ -31,14 +31,10 @@ const Plots = (() => {
   function plot(spec) {
     const host = Dom.el("div", { class: "plot" });
     host.build = () => {
+      host.plot?.destroy();
       host.spec = spec();
       host.plot = new uPlot(options(host, host.spec), host.spec.data, host);
       host.plot.setScale("x", { min: range[0], max: range[1] });
-      host.rebuild = () => {
-        host.plot.destroy();
-        all.delete(host);
-        host.build();
-      };
       all.add(host);
       sizes.observe(host);
       show(host);
@@ -50,6 +46,7 @@ const Plots = (() => {
   function options(host, { series, bands, y, unit, log, draw, underlay, onCursor }) {
     const axis = { stroke: () => Theme.get("muted"), font: "11px system-ui, sans-serif" };
     const grid = { stroke: () => Theme.get("grid"), width: 1 };
+    const decades = (u, ticks) => ticks.map((each) => (Number.isInteger(Math.round(1e6 * Math.log10(each)) / 1e6) ? each : null));
     return {
       width: Math.round(host.clientWidth),
       height: HEIGHT,
@@ -60,7 +57,7 @@ const Plots = (() => {
       scales: { x: { time: false }, y: { distr: log ? 3 : 1, range: log ? undefined : y } },
       axes: [
         { ...axis, grid: { show: false }, ticks: { ...grid, size: 4 }, size: 26, gap: 4, values: (u, ticks) => ticks.map(Format.step), incrs: STEPS, space: 60 },
-        { ...axis, grid, ticks: { show: false }, size: 50, gap: 6, values: (u, ticks) => ticks.map((each) => Format.tick(each, unit)), space: 28 },
+        { ...axis, grid: log ? { ...grid, filter: decades } : grid, ticks: { show: false }, size: 50, gap: 6, values: (u, ticks) => ticks.map((each) => Format.tick(each, unit)), space: 28 },
       ],
       cursor: {
         y: false,
@@ -110,7 +107,7 @@ const Plots = (() => {
 
   function setSmoothing(window) {
     smoothing = window;
-    for (const host of [...all]) host.rebuild();
+    for (const host of all) near.observe(host); // built again, far ones when they come near
   }
 
   Theme.onChange(() => {
