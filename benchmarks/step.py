@@ -210,7 +210,7 @@ def weighted_sum(batch: PackedBatch) -> Callable[[Tensor], LossOutput]:
     def loss(per_token: Tensor) -> LossOutput:
         value = per_token.flatten() @ weights
         zero = value.detach()
-        return LossOutput(value, LossTerms(*[zero] * len(LossTerms._fields)), zero, zero, zero)
+        return LossOutput(value, LossTerms(*[zero] * len(LossTerms._fields)), zero, zero, zero, zero)
 
     return loss
 

@@ -91,9 +91,17 @@ class SamplingConfig(_Section):
     max_new_tokens: int = Field(default=4096, ge=1)
 
 
+class LengthBudget(_Section):
+    """max_new_tokens of training rollouts grows linearly from ``start`` to the configured one over ``steps``; ours."""
+
+    start: int = Field(ge=1)
+    steps: int = Field(ge=1)
+
+
 class RolloutConfig(_Section):
     backend: Literal["embedded", "sglang"] = "embedded"  # sglang: servers in processes and an environment of their own
     sampling: SamplingConfig = SamplingConfig()
+    length_budget: LengthBudget | None = None  # null: max_new_tokens from the first step on
     max_batch_size: int = Field(default=64, ge=1)  # sequences decoded at once on each rank, or at each server
     # Nats a token: mean |log pi_trainer - log pi_engine| of a step's rollouts; ours. Kernels differ by some 0.01 in bf16, an
     # engine that has other weights by 1 and more. null: no bound.
@@ -159,6 +167,8 @@ class LossConfig(_Section):
     ratio_bounds: list[float] | None = Field(default=None, min_length=2, max_length=2)  # MOPD's, of pi_theta / pi_old
     position_weight: float = Field(default=0.0, ge=0)  # IW-OPD's gamma
     gated_forward_kl: float = Field(default=0.0, ge=0)  # EOPD's lambda
+    truncated_weight: float = Field(default=1.0, ge=0, le=1)  # of the tokens of truncated responses; 0 leaves them out; ours
+    repeated_tail_weight: float = Field(default=1.0, ge=0, le=1)  # of the tokens of repeated tails; ours
     entropy_gate: float = Field(default=1.0, ge=0)  # EOPD's tau, nats; ours
     chunk_tokens: int | None = Field(default=None, ge=1)  # null: from a byte budget
 
@@ -183,16 +193,45 @@ class PackingConfig(_Section):
 
 
 class Threshold(_Section):
+    """Of one monitor's figure; the highest one reached decides. All but warn go beyond the paper: ours."""
+
     warn: float | None = None
-    stop: float | None = None
+    rollback: float | None = None  # back to the last healthy checkpoint, with stronger terms; see monitors.rollback
+    stop: float | None = None  # after a checkpoint
+
+
+class RollbackConfig(_Section):
+    """What a rollback changes; ours."""
+
+    reference_kl_factor: float = Field(default=2.0, ge=1)  # on loss.reference_kl, each time
+    gold_weight_factor: float = Field(default=2.0, ge=1)  # on mixture.gold_weight, each time
+    limit: int = Field(default=3, ge=1)  # of rollbacks in a run; then it stops
+    margin: int = Field(default=5, ge=0)  # steps before the alarm in which no checkpoint counts as healthy: alarms come late
+
+
+class ControlConfig(_Section):
+    """Coefficients that follow a target; ours, off by default. Each moves by at most ``rate`` a step, relative."""
+
+    reference_kl_target: float | None = Field(
+        default=None, gt=0
+    )  # nats a token: KL(student || reference) above it raises beta_KL
+    truncation_target: float | None = Field(default=None, gt=0, lt=1)  # a truncation rate above it raises lambda_gold
+    rate: float = Field(default=0.1, gt=0, le=1)
+    max_factor: float = Field(default=100.0, gt=1)  # on the configured coefficient; below it they never fall
 
 
 class MonitorsConfig(_Section):
     truncation: Threshold = Threshold(warn=0.3)
     repetition: Threshold = Threshold(warn=0.05)
     length_growth: Threshold = Threshold(warn=2.0)
+    collapse: Threshold = Threshold(warn=1.0)  # the early warning, see monitoring/early_warning.py; 1 is its own threshold
     repetition_tail_chars: int = Field(default=10_000, ge=1)  # the paper's L
     repetition_threshold: float = Field(default=10.0, gt=1)  # the paper's tau
+    ngram: int = Field(default=4, ge=2)  # tokens; a token that ends an n-gram for the second time is repeated
+    overlap_k: int = Field(default=16, ge=0)  # likeliest tokens of student and teacher that are compared; 0: none
+    overlap_every: int = Field(default=16, ge=1)  # positions from one comparison to the next
+    rollback: RollbackConfig = RollbackConfig()
+    control: ControlConfig = ControlConfig()
 
 
 class CheckpointConfig(_Section):

@@ -6,16 +6,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import yaml
 
 from megatron_opd.config import Config
 from megatron_opd.evaluation.evaluate import correctness
+from megatron_opd.monitoring.alarms import AlarmLog
 from megatron_opd.monitoring.console import TrainingConsole, summary_table
 from megatron_opd.monitoring.metrics import open_sinks
-from megatron_opd.monitoring.samples import write_samples
-from megatron_opd.types import Alarm, Rollout, StepStats, TrainState
+from megatron_opd.monitoring.monitors import Monitors
+from megatron_opd.monitoring.samples import places_of_prompts, write_samples, write_token_samples
+from megatron_opd.types import Alarm, Histogram, LossTerms, Rollout, StepStats, Tokenizer, TrainState
 
 Record = Mapping[str, float | int | None]
 _SAMPLES_EVERY = 10  # steps
@@ -25,8 +28,8 @@ _SAMPLED_PROMPTS = 4
 class Reporter:
     """A context manager around the run. Every rank makes one, so that the loop has no rank in it; all but rank 0 are silent."""
 
-    def __init__(self, config: Config, resume_step: int, *, rank: int) -> None:
-        self.config = config
+    def __init__(self, config: Config, resume_step: int, tokenizer: Tokenizer, *, rank: int) -> None:
+        self.config, self.tokenizer = config, tokenizer
         self.run_dir = Path(config.run.dir)
         self.active = rank == 0
         self.started = time.monotonic()
@@ -35,6 +38,7 @@ class Reporter:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
             first_step = resume_step + 1 if resume_step else 0
             self.sinks = open_sinks(config.metrics, self.run_dir, config.run.name, tree, resume_step=first_step)
+            self.alarms = AlarmLog(self.run_dir / "alarms.jsonl", first_step)
             self.console = TrainingConsole(config.run.steps, resume_step, sys.stdout)
 
     def __enter__(self) -> Self:
@@ -56,8 +60,19 @@ class Reporter:
             figures = [f"{known[name]} {value:.1%}" for name, value in state.evaluations.items() if name in known]
             self.console.message(f"held-out accuracy before training: {', '.join(figures)}")
 
+    def samples(self, step: int, rollouts: Sequence[Rollout]) -> list[int]:
+        """The places of the rollouts of ``step`` that are to be written out token by token; equal on all ranks."""
+        due = step % _SAMPLES_EVERY == 0 or step in (1, self.config.run.steps)
+        return places_of_prompts(rollouts, _SAMPLED_PROMPTS) if due else []
+
     def step(
-        self, state: TrainState, stats: StepStats, record: Record, rollouts: Sequence[Rollout], alarms: Sequence[Alarm]
+        self,
+        state: TrainState,
+        stats: StepStats,
+        record: Record,
+        rollouts: Sequence[Rollout],
+        monitors: Monitors,
+        alarms: Sequence[Alarm],
     ) -> None:
         """One optimizer step: the fixed names of metrics.jsonl, samples now and then, alarms and skips as messages."""
         if not self.active:
@@ -70,6 +85,11 @@ class Reporter:
             "policy/teacher_entropy": terms.teacher_entropy,
             "policy/advantage": terms.advantage,
             "policy/top1_agreement": terms.top1_agreement,
+            **_advantage_split(terms),
+            "policy/log_prob": terms.log_prob,
+            "policy/teacher_log_prob": terms.teacher_log_prob,
+            "policy/engine_log_prob": terms.engine_log_prob,
+            "policy/top_k_overlap": terms.overlap / terms.overlap_positions if terms.overlap_positions else None,
             "policy/stop_log_prob": terms.stop_log_prob,
             "policy/teacher_stop_log_prob": terms.teacher_stop_log_prob,
             "policy/engine_gap_mean": terms.engine_gap,
@@ -91,7 +111,8 @@ class Reporter:
             "skipped_steps": state.skipped_steps,
             **record,
         }
-        self._write(state.step, whole)
+        histogram = monitors.histogram
+        self._write(state.step, whole, {} if histogram is None else {"rollout/length_histogram": histogram})
         self.console.update(state.step, whole)
         if "eval/accuracy" in record:
             self.console.message(f"step {state.step}: held-out accuracy {record['eval/accuracy']:.1%}")
@@ -100,10 +121,35 @@ class Reporter:
                 f"step {state.step}: skipped, non-finite loss or gradient ({state.consecutive_skips} in a row"
                 + (f"; the student's logits are not finite on {terms.bad_student:.0f} tokens)" if terms.bad_student else ")")
             )
-        for alarm in alarms:
-            self.console.message(f"{alarm.level}: {alarm.message}")
-        if state.step % _SAMPLES_EVERY == 0 or state.step in (1, self.config.run.steps):
-            write_samples(self.run_dir, state.step, rollouts, correctness(rollouts), _SAMPLED_PROMPTS)
+        for alarm in self.alarms.begun(alarms):
+            if alarm.level == "warn":
+                self.acted(state.step, alarm, "warned")
+        if self.samples(state.step, rollouts):
+            correct = correctness(rollouts)
+            write_samples(self.run_dir, state.step, rollouts, correct, _SAMPLED_PROMPTS)
+            write_token_samples(
+                self.run_dir,
+                state.step,
+                rollouts,
+                correct,
+                monitors.repeated,
+                stats.responses,
+                lambda token: self.tokenizer.decode([token]),
+                _SAMPLED_PROMPTS,
+            )
+
+    def acted(self, step: int, alarm: Alarm, action: str) -> None:
+        """An alarm, as a message and in alarms.jsonl, with what came of it."""
+        if self.active:
+            self.console.message(f"{alarm.level}: {alarm.message}" + ("" if action == "warned" else f"; {action}"))
+            self.alarms.write(step, alarm, action)
+
+    def rolled_back(self, state: TrainState, alarm: Alarm, action: str) -> None:
+        """Metrics go on from ``state``; what came after it is set apart."""
+        if self.active:
+            self.acted(self.last_step, alarm, action)
+            for sink in self.sinks:
+                sink.rewind(state.step, state.rollbacks)
 
     def warn(self, line: str) -> None:
         """Something went wrong that does not stop the run."""
@@ -130,6 +176,17 @@ class Reporter:
         ]
         self.console.message(summary_table(f"{self.config.run.name} is done", rows))
 
-    def _write(self, step: int, record: Record) -> None:
+    def _write(self, step: int, record: Record, histograms: Mapping[str, Histogram] = MappingProxyType({})) -> None:
+        self.last_step = step
         for sink in self.sinks:
-            sink.write(step, record)
+            sink.write(step, record, histograms)
+
+
+def _advantage_split(terms: LossTerms[float]) -> dict[str, float | None]:
+    """The mean advantage, nats, of repeated and of regular rollout tokens, and the repeated ones' share of the weight."""
+    share, repeated = terms.repeated_weight, terms.repeated_advantage
+    return {
+        "policy/advantage_repeated": repeated / share if share > 0 else None,
+        "policy/advantage_regular": (terms.advantage - repeated) / (1 - share) if share < 1 else None,
+        "policy/repeated_weight": share,
+    }

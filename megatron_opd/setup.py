@@ -79,6 +79,7 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
             Writers(engines.student, engines.teacher),
             config.sampling(inputs.stop_ids, inputs.loss_vocab_size),
             prompts=config.data.prompts_per_step,
+            budget=config.rollout.length_budget,
             ahead=engines.beside if config.rollout.lag else None,
         ),
         engine=engines.student,
@@ -112,6 +113,8 @@ def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: P
         stop_ids=inputs.stop_class,
         chunk_tokens=config.loss.chunk_tokens,
         offload=config.student.offload,
+        overlap_k=config.monitors.overlap_k,
+        overlap_every=config.monitors.overlap_every,
     )
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config
 from megatron_opd.data.packing import Multiples, context_slice, pack, padding_share
+from megatron_opd.data.token_weights import token_shares
 from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
@@ -20,8 +21,10 @@ from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verifi
 from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.monitoring.control import coefficients, control
 from megatron_opd.monitoring.lag import policy_lag
 from megatron_opd.preflight import Inputs, prepare
+from megatron_opd.recovery import Recovery
 from megatron_opd.reporter import Reporter
 from megatron_opd.rollout.versions import check_versions
 from megatron_opd.saver import Saver
@@ -50,15 +53,16 @@ def train(config: Config, platform: Platform) -> None:
         inputs = _verify_resume(config, prepare(config, platform, dist.get_world_size()))
         layout = init_layout(config.student.parallel, config.run.seed)
         system = build_system(config, inputs, platform, layout)
-        with closing(system), Reporter(config, inputs.resume_step, rank=dist.get_rank()) as reporter:
+        with closing(system), Reporter(config, inputs.resume_step, inputs.tokenizer, rank=dist.get_rank()) as reporter:
             with Saver(config, system.trainer, reporter) as saver:
-                state = _run(config, inputs, system, reporter, saver)
+                recovery = Recovery(config, system, saver, reporter)
+                state = _run(config, inputs, system, reporter, saver, recovery)
             _finish(config, inputs, system, state, reporter)
     finally:
         dist.destroy_process_group()
 
 
-def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, saver: Saver) -> TrainState:
+def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, saver: Saver, recovery: Recovery) -> TrainState:
     trainer, layout = system.trainer, system.trainer.layout
     state = TrainState()
     if inputs.resume:
@@ -82,21 +86,28 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
             check_versions(rollouts, state.policy_version, config.rollout.lag)
             lag = policy_lag(rollouts, state.policy_version)
             alarms = system.monitors.observe(state.step + 1, rollouts)
+            repeated = system.monitors.repeated
             shares = pack(
                 rollouts,
                 dp_size=layout.dp_size,
                 max_tokens=config.packing.max_tokens_per_microbatch,
                 aggregation=config.loss.aggregation,
                 multiples=multiples,
+                shares=token_shares(rollouts, repeated, config.loss.truncated_weight, config.loss.repeated_tail_weight),
+                repeated=repeated,
             )
             batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
             with clock.phase("score"):
                 teacher_scores = _score(system.teacher, shares)
                 reference_scores = _score(system.reference, shares)
         with clock.phase("train"):
-            stats = trainer.step(batches, teacher_scores, reference_scores)
+            objective = coefficients(config.objective, state)
+            keep = reporter.samples(state.step + 1, rollouts)
+            stats = trainer.step(batches, teacher_scores, reference_scores, objective=objective, rollouts=rollouts, keep=keep)
         state.step += 1
+        state.healthy = not alarms
         _count_skips(state, stats)
+        control(state, config.monitors.control, stats.terms.reference_kl, system.monitors.summary()["rollout/truncation_rate"])
         with clock.phase("rollout"):
             system.rollouts.settle()
         with clock.phase("weight_sync"):
@@ -107,6 +118,7 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
                 sync = system.weight_sync.push(state.policy_version)
 
         record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
+        record |= {"mixture/reference_kl": objective.reference_kl, "mixture/gold_weight": objective.gold_weight}
         record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens)}
         record |= system.engine.figures() if system.engine else {}
         record |= system.teacher.figures() if system.teacher else {}
@@ -114,10 +126,13 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
             with trainer.off_device():
                 record |= _evaluate(config, inputs, system.engine, state, "after")
-        reporter.step(state, stats, record, rollouts, alarms)
+        reporter.step(state, stats, record, rollouts, system.monitors, alarms)
         state.monitors = system.monitors.state_dict()
         saver.poll()
-        _stop_if_needed(config, state, stats, alarms, saver, on_policy=not lag["policy/lag_max"])
+        _stop_if_needed(config, state, stats, alarms, saver, reporter, on_policy=not lag["policy/lag_max"])
+        if turning_back := [alarm for alarm in alarms if alarm.level == "rollback"]:
+            state = recovery.roll_back(state, turning_back[0])
+            continue
         if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
             saver.save(state)
     return state
@@ -136,7 +151,14 @@ def _count_skips(state: TrainState, stats: StepStats) -> None:
 
 
 def _stop_if_needed(
-    config: Config, state: TrainState, stats: StepStats, alarms: Sequence[Alarm], saver: Saver, *, on_policy: bool
+    config: Config,
+    state: TrainState,
+    stats: StepStats,
+    alarms: Sequence[Alarm],
+    saver: Saver,
+    reporter: Reporter,
+    *,
+    on_policy: bool,
 ) -> None:
     """Raises RunStopped, after a checkpoint where the weights are still good."""
     if state.consecutive_skips >= config.run.max_skipped_steps:
@@ -155,7 +177,8 @@ def _stop_if_needed(
     if stops:
         saver.save(state)
         saver.finish()
-        raise RunStopped(f"step {state.step}: {stops[0].message}; the last checkpoint is {latest_checkpoint(saver.folder)}")
+        reporter.acted(state.step, stops[0], "stopped")
+        raise RunStopped(f"{stops[0].message}; the last checkpoint is {latest_checkpoint(saver.folder)}")
 
 
 def _verify_resume(config: Config, inputs: Inputs) -> Inputs:

@@ -119,6 +119,8 @@ class PackedBatch:
     teacher_weights: Tensor  # [T] fp32, likewise for teacher-written responses
     gold_weights: Tensor  # [T] fp32, likewise for gold solutions
     teacher: str = ""  # the name of the one who scores it
+    repeated: Tensor | None = None  # [T] bool, the label ends an n-gram that its response had before; None: not looked at
+    responses: tuple[int, ...] = ()  # of each sequence but padding, its place among the step's rollouts
 
     @property
     def num_tokens(self) -> int:
@@ -222,7 +224,8 @@ Value = TypeVar("Value")
 class LossTerms(NamedTuple, Generic[Value]):
     """Weighted sums over tokens, which micro-batches and data-parallel ranks add up; each term before its coefficient.
 
-    Divergences, entropies and log-probabilities in nats; from ``entropy`` to ``engine_gap`` rollout-weighted means once summed.
+    Divergences, entropies and log-probabilities in nats; from ``entropy`` to ``repeated_weight`` rollout-weighted means once
+    summed.
     """
 
     loss: Value
@@ -237,6 +240,13 @@ class LossTerms(NamedTuple, Generic[Value]):
     stop_log_prob: Value  # log of the student's probability of any end token
     teacher_stop_log_prob: Value
     engine_gap: Value  # |log pi_theta - log pi_old|
+    log_prob: Value  # log pi_theta(label)
+    teacher_log_prob: Value  # log pi_T(label)
+    engine_log_prob: Value  # log pi_old(label)
+    repeated_weight: Value  # of the rollout weight, the share on repeated tokens
+    repeated_advantage: Value  # the advantage's part on repeated tokens, not a mean
+    overlap: Value  # summed over sampled rollout positions: share of the student's k likeliest tokens among the teacher's k
+    overlap_positions: Value  # how many those are; 0: not measured
     bad_student: Value  # tokens on which the model's logits hold NaN or infinity
     bad_teacher: Value
     bad_reference: Value
@@ -249,8 +259,18 @@ class LossOutput:
     loss: Tensor  # scalar
     terms: LossTerms[Tensor]  # scalars
     log_probs: Tensor  # [T] nats, log pi_theta(label)
+    teacher_log_probs: Tensor  # [T] nats, log pi_T(label), on rollout positions
     advantages: Tensor  # [T] nats, on rollout positions
     engine_gap_max: Tensor  # scalar, nats
+
+
+@dataclass(frozen=True)
+class ResponseValues:
+    """What the loss saw of each token of a response, in nats, [R] each; advantages and the teacher's of the student's alone."""
+
+    log_probs: Tensor  # log pi_theta
+    teacher_log_probs: Tensor
+    advantages: Tensor
 
 
 @dataclass(frozen=True)
@@ -263,6 +283,8 @@ class StepStats:
     skipped: bool  # a non-finite loss or gradient: the weights did not move
     engine_gap_max: float  # nats, over rollout tokens
     tokens: int  # input positions of the global batch
+    # Of the responses asked for, by their place among the step's rollouts; on the first rank alone.
+    responses: Mapping[int, ResponseValues] = field(default_factory=dict)
 
 
 @dataclass
@@ -283,10 +305,14 @@ class TrainState:
     consecutive_skips: int = 0
     cursor: DataCursor = field(default_factory=DataCursor)
     monitors: dict[str, Any] = field(default_factory=dict)  # the monitors' own serialised windows
+    healthy: bool = True  # the last step raised no alarm
+    rollbacks: int = 0
+    reference_factor: float = 1.0  # on the configured coefficients: what rollbacks and control made of them
+    gold_factor: float = 1.0
     evaluations: dict[str, float] = field(default_factory=dict)  # held-out accuracy: "teacher", "before", "after"
 
 
-AlarmLevel = Literal["warn", "stop"]
+AlarmLevel = Literal["warn", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
@@ -398,10 +424,22 @@ class Tokenizer(Protocol):
     ) -> Any: ...
 
 
-class MetricsSink(Protocol):
-    """Takes one flat record a step."""
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in equal bins from 0 to ``high``."""
 
-    def write(self, step: int, record: Mapping[str, float | int | None]) -> None: ...
+    counts: tuple[int, ...]
+    high: float
+
+
+class MetricsSink(Protocol):
+    """Takes one flat record a step, and histograms by name."""
+
+    def write(self, step: int, record: Mapping[str, float | int | None], histograms: Mapping[str, Histogram] = ...) -> None: ...
+
+    def rewind(self, step: int, rollback: int) -> None:
+        """The run goes back to its state after ``step``: what was written of later steps is set apart."""
+        ...
 
     def close(self) -> None: ...
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_opd.config import ParallelConfig
@@ -23,7 +24,9 @@ _FILLER_TOKENS = 2  # ours; any small number would do
 @dataclass(frozen=True)
 class _Sequence:
     rollout: Rollout
-    weight: float  # of each response token
+    place: int  # among the step's rollouts
+    weights: NDArray[np.float64]  # [R] of the response tokens
+    repeated: NDArray[np.bool_] | None  # [R]
     multiple: int
 
     @property
@@ -62,6 +65,8 @@ def pack(
     max_tokens: int,
     aggregation: Aggregation,
     multiples: Multiples = Multiples(),
+    shares: Sequence[NDArray[np.float64]] | None = None,
+    repeated: Sequence[NDArray[np.bool_]] | None = None,
 ) -> list[list[PackedBatch]]:
     """The micro-batches of every data-parallel rank, ``[dp rank][micro-batch]``.
 
@@ -69,6 +74,8 @@ def pack(
     ``aggregation="token"`` a response token of source s weighs 1 / N_s, N_s the response tokens of s over the whole step; with
     ``"response"`` it weighs 1 / (R_s * len(response)), R_s the responses of s. Either way the weights of each source that is
     present sum to 1 over all ranks and micro-batches. An empty response has no position: it is left out, counted nowhere.
+    ``shares`` multiply these weights and count in N_s and in the response's length, so that the sum stays 1; a response all of
+    whose shares are 0 is left out.
 
     Longest first, each sequence goes to the rank with the least cost so far (linear plus attention FLOPs), so no rank exceeds
     the mean by more than one sequence; within a rank likewise to micro-batches of at most ``max_tokens`` tokens. All ranks
@@ -78,6 +85,8 @@ def pack(
     Args:
         max_tokens: of a micro-batch, before context parallelism slices it.
         multiples: what the layouts of all models that see the micro-batches need.
+        shares: for each rollout [R] in 0 .. 1, see :func:`~megatron_opd.data.token_weights.token_shares`; None: 1 everywhere.
+        repeated: for each rollout [R], the tokens that end a repeated n-gram; carried along.
 
     Raises OpdError where one sequence alone exceeds ``max_tokens``.
     """
@@ -87,7 +96,8 @@ def pack(
         raise OpdError(
             f"packing.max_tokens_per_microbatch: {max_tokens}, but each micro-batch needs {filler_tokens} tokens; raise it"
         )
-    sequences = sorted(_weigh(rollouts, aggregation, multiples.sequence), key=lambda sequence: -sequence.length)
+    weighed = _weigh(rollouts, aggregation, multiples.sequence, shares, repeated)
+    sequences = sorted(weighed, key=lambda sequence: -sequence.length)
     if sequences and sequences[0].length > capacity:
         longest = sequences[0]
         raise OpdError(
@@ -140,18 +150,30 @@ def context_slice(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         rollout_weights=batch.rollout_weights[index],
         teacher_weights=batch.teacher_weights[index],
         gold_weights=batch.gold_weights[index],
+        repeated=None if batch.repeated is None else batch.repeated[index],
     )
 
 
-def _weigh(rollouts: Sequence[Rollout], aggregation: Aggregation, multiple: int) -> list[_Sequence]:
-    written = [rollout for rollout in rollouts if rollout.response_ids]
-    responses = Counter(rollout.source for rollout in written)
-    tokens: Counter[Source] = Counter()
-    for rollout in written:
-        tokens[rollout.source] += len(rollout.response_ids)
-    if aggregation == "token":
-        return [_Sequence(rollout, 1 / tokens[rollout.source], multiple) for rollout in written]
-    return [_Sequence(rollout, 1 / (responses[rollout.source] * len(rollout.response_ids)), multiple) for rollout in written]
+def _weigh(
+    rollouts: Sequence[Rollout],
+    aggregation: Aggregation,
+    multiple: int,
+    shares: Sequence[NDArray[np.float64]] | None,
+    repeated: Sequence[NDArray[np.bool_]] | None,
+) -> list[_Sequence]:
+    if shares is None:
+        shares = [np.ones(len(rollout.response_ids)) for rollout in rollouts]
+    counted = [
+        (place, rollout, share) for place, (rollout, share) in enumerate(zip(rollouts, shares, strict=True)) if share.any()
+    ]
+    totals = dict.fromkeys(Source, 0.0)  # of token shares, or of responses
+    for _, rollout, share in counted:
+        totals[rollout.source] += float(share.sum()) if aggregation == "token" else 1.0
+    sequences = []
+    for place, rollout, share in counted:
+        weights = share / totals[rollout.source] / (1.0 if aggregation == "token" else share.sum())
+        sequences.append(_Sequence(rollout, place, weights, None if repeated is None else repeated[place], multiple))
+    return sequences
 
 
 def _split(ranks: Sequence[Sequence[_Sequence]], capacity: int, multiple: int) -> list[list[list[_Sequence]]]:
@@ -192,6 +214,7 @@ def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, f
     labels = torch.zeros(total, dtype=torch.int64)  # [T]
     old_log_probs = torch.zeros(total)  # [T]
     weights = {source: torch.zeros(total) for source in Source}  # each [T]
+    repeated = torch.zeros(total, dtype=torch.bool)  # [T]
     start = 0
     for sequence in sequences:
         rollout = sequence.rollout
@@ -199,7 +222,9 @@ def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, f
         first = start + len(rollout.prompt.token_ids) - 1  # the last prompt token predicts the first response token
         tokens[start:end] = torch.tensor((*rollout.prompt.token_ids, *rollout.response_ids[:-1]))
         labels[first:end] = torch.tensor(rollout.response_ids)
-        weights[rollout.source][first:end] = sequence.weight
+        weights[rollout.source][first:end] = torch.from_numpy(sequence.weights)
+        if sequence.repeated is not None:
+            repeated[first:end] = torch.from_numpy(sequence.repeated)
         if rollout.source is Source.STUDENT:
             if len(rollout.log_probs) != len(rollout.response_ids):
                 raise ValueError(f"{len(rollout.log_probs)} log-probabilities for {len(rollout.response_ids)} response tokens")
@@ -216,6 +241,8 @@ def _build(sequences: Sequence[_Sequence], teacher: str, pad_to_multiple: int, f
         teacher_weights=weights[Source.TEACHER],
         gold_weights=weights[Source.GOLD],
         teacher=teacher,
+        repeated=repeated,
+        responses=tuple(sequence.place for sequence in sequences),
     )
 
 

@@ -224,6 +224,7 @@ class ChunkLoss:
             opd=term.value,
             reference_kl=nothing,
             log_probs=rows.student.log_prob,
+            teacher_log_probs=nothing,
             advantage=nothing,
             entropy=rows.entropy,
             teacher_entropy=nothing,
@@ -238,6 +239,7 @@ class ChunkLoss:
             advantage = self.opd if isinstance(self.opd, PolicyGradient) else _LOG_RATIO
             known = rows.teacher.class_log_prob if rows.teacher_entropy is None else rows.teacher_entropy
             values = values._replace(
+                teacher_log_probs=rows.teacher.log_prob,
                 advantage=advantage.advantage(rows, tokens.old_log_probs),
                 teacher_entropy=nothing if rows.teacher_entropy is None else rows.teacher_entropy,
                 top1_agreement=nothing if rows.top1_agreement is None else rows.top1_agreement,

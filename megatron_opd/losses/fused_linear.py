@@ -119,9 +119,9 @@ class _LinearLossFunction(torch.autograd.Function):
                 (_chunk(job.loss, student, rows, slice(i, i + chunk), buffers, values, gradients, done) for i in starts),
                 job.chunks_in_flight,
             )
-            opd, reference_kl, log_probs, *_ = TokenValues(*values)
-            loss += rows.tokens.opd_weights @ opd + rows.tokens.reference_weights @ reference_kl
-            loss -= rows.tokens.label_weights @ log_probs
+            of = TokenValues(*values)
+            loss += rows.tokens.opd_weights @ of.opd + rows.tokens.reference_weights @ of.reference_kl
+            loss -= rows.tokens.label_weights @ of.log_probs
             all_values.append(values)
             done += count
         ctx.gradients = gradients.complete()

@@ -136,6 +136,7 @@ class _Streams:
     rollout: Tensor
     teacher: Tensor
     gold: Tensor
+    repeated: Tensor  # 1 where the label ends a repeated n-gram
     cu_seqlens: Tensor  # [S + 1]
     device: torch.device  # of the loss
 
@@ -144,7 +145,8 @@ class _Streams:
         rollout, teacher, gold = batch.rollout_weights, batch.teacher_weights, batch.gold_weights
         labels = batch.labels.where(rollout + teacher + gold > 0, 0)
         old, rollout, teacher, gold = (each.to(dtype) for each in (batch.old_log_probs, rollout, teacher, gold))
-        return cls(labels, old, rollout, teacher, gold, batch.cu_seqlens, device)
+        repeated = torch.zeros_like(rollout) if batch.repeated is None else batch.repeated.to(dtype)
+        return cls(labels, old, rollout, teacher, gold, repeated, batch.cu_seqlens, device)
 
     def rollout_tokens(self, objective: Objective, scores: TokenScores | None) -> tuple[Tensor, Tokens]:
         """Positions with an OPD or reference term."""
@@ -188,7 +190,10 @@ class _Streams:
             off_policy = self._spread(positions, values.opd)
         else:
             off_policy = -self._spread(label_rows.positions, label_values.log_probs)
-        gap = (values.log_probs - rollout_rows.tokens.old_log_probs).abs().where(rollout > 0, 0.0)
+        old_log_probs = rollout_rows.tokens.old_log_probs
+        gap = (values.log_probs - old_log_probs).abs().where(rollout > 0, 0.0)
+        repeated = rollout * self.repeated.to(self.device)[positions]  # [R]
+        unknown = rollout.new_zeros(())
         terms = LossTerms(
             loss=loss.detach(),
             opd=rollout @ values.opd,
@@ -202,6 +207,13 @@ class _Streams:
             stop_log_prob=rollout @ values.stop_log_probs,
             teacher_stop_log_prob=rollout @ values.teacher_stop_log_probs,
             engine_gap=rollout @ gap,
+            log_prob=rollout @ values.log_probs,
+            teacher_log_prob=rollout @ values.teacher_log_probs,
+            engine_log_prob=rollout @ old_log_probs,
+            repeated_weight=repeated.sum(),
+            repeated_advantage=repeated @ values.advantage,
+            overlap=unknown,  # costs more products: top_k_overlap
+            overlap_positions=unknown,
             bad_student=values.bad_student.sum() + label_values.bad_student.sum(),
             bad_teacher=values.bad_teacher.sum(),
             bad_reference=values.bad_reference.sum(),
@@ -210,6 +222,7 @@ class _Streams:
             loss=loss,
             terms=terms,
             log_probs=log_probs,
+            teacher_log_probs=self._spread(positions, values.teacher_log_probs.where(rollout > 0, 0.0)),
             advantages=self._spread(positions, values.advantage.where(rollout > 0, 0.0)),
             engine_gap_max=gap.max() if len(gap) else gap.new_zeros(()),
         )

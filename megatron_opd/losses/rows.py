@@ -105,6 +105,7 @@ class TokenValues(NamedTuple):
     opd: Tensor
     reference_kl: Tensor
     log_probs: Tensor  # log p(label)
+    teacher_log_probs: Tensor  # log q(label)
     advantage: Tensor  # the policy gradient's A; with another OPD term log q(label) - log pi_old(label)
     entropy: Tensor  # of the student
     teacher_entropy: Tensor

@@ -64,6 +64,22 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in checkpoints(folder) if damage(path) is None), None)
 
 
+def healthy_checkpoint(folder: Path, last_step: int) -> Path | None:
+    """The newest of up to ``last_step`` whose step raised no alarm and whose files are there, or None."""
+    return next((path for path in checkpoints(folder) if number(path) <= last_step and _is_healthy(path)), None)
+
+
+def delete_later(folder: Path, target: Path) -> None:
+    """The checkpoints of later steps than ``target``'s. Collective over the world."""
+    dist.barrier()  # no rank looks for one any more
+    if dist.get_rank() == 0:
+        _write_durably(folder / LATEST, str(number(target)))
+        for path in checkpoints(folder):
+            if number(path) > number(target):
+                _delete(path)
+    dist.barrier()
+
+
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest with the right content, or None; and a line for each newer one. Collective over the world, which shares out
     the reading."""
@@ -120,7 +136,7 @@ class CheckpointWrite:
 
         Args:
             content: of ``state.json``, which the list of files completes.
-            keep: checkpoints that are left when this one is there; the oldest go first.
+            keep: checkpoints that are left when this one is there; the oldest go first. The newest healthy one stays too.
         """
         self.target, self.content, self.keep = target, content, keep
         self.partial = target.with_name(f".{target.name}.partial")
@@ -156,10 +172,12 @@ class CheckpointWrite:
         if self._first:
             # Those of later steps are of a run before, which resumed from an earlier one: they are damaged, or left behind.
             older = [path for path in checkpoints(self.target.parent) if number(path) < number(self.target)]
-            for path in older[self.keep - 1 :]:
-                with suppress(OSError):
-                    (path / STATE).unlink()  # first: half a checkpoint is then none
-                    shutil.rmtree(path)
+            kept = older[: self.keep - 1]
+            if not any(_is_healthy(path) for path in (self.target, *kept)):  # something to go back to
+                kept += [path for path in older if _is_healthy(path)][:1]
+            for path in older:
+                if path not in kept:
+                    _delete(path)
         dist.barrier()
         return self.target
 
@@ -224,6 +242,16 @@ class CheckpointWrite:
                     (self.partial.parent / _BALLAST).unlink()
             dist.barrier()  # no rank goes on before nothing is left
             raise
+
+
+def _is_healthy(path: Path) -> bool:
+    return damage(path) is None and bool(read_state(path)["state"].get("healthy", True))
+
+
+def _delete(path: Path) -> None:
+    with suppress(OSError):
+        (path / STATE).unlink()  # first: half a checkpoint is then none
+        shutil.rmtree(path)
 
 
 def _write_and_list(

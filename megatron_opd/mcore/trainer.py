@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,14 +18,26 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_opd.config import OptimizerConfig
-from megatron_opd.losses import distillation_loss, student_support
+from megatron_opd.losses import distillation_loss, student_support, top_k_overlap
 from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.offload import Waiting, offloaded
 from megatron_opd.mcore.parallel import ParallelLayout, has_gloo
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.mcore.response_values import gather_response_values
 from megatron_opd.mcore.schedule import forward_backward, forward_only
-from megatron_opd.types import FrozenScores, LossOutput, LossTerms, Objective, PackedBatch, RunStopped, StepStats
+from megatron_opd.types import (
+    FrozenScores,
+    LossOutput,
+    LossTerms,
+    Objective,
+    PackedBatch,
+    Rollout,
+    RunStopped,
+    StepStats,
+)
+
+_UNIFORM = 1e-4  # ours: so near to ln V, relative, no model comes that has learned anything; bf16 errs by less than it
 
 
 class Trainer:
@@ -45,17 +57,22 @@ class Trainer:
         stop_ids: tuple[int, ...],
         chunk_tokens: int | None,
         offload: bool = False,
+        overlap_k: int = 0,
+        overlap_every: int = 1,
     ) -> None:
         """``loss_vocab_size``: ids that student, teacher and reference share; rows beyond it take no part in the loss.
 
         Args:
             stop_ids: the end tokens of student and teacher.
             offload: :meth:`off_device` does what it says.
+            overlap_k: likeliest tokens that are compared with the teacher's; 0: none are.
+            overlap_every: positions from one such comparison to the next in a sequence.
         """
         self.chunks, self.spec, self.layout, self.objective = tuple(chunks), spec, layout, objective
         self.platform, self.offload = platform, offload
         self._waiting: Waiting | None = None  # the weights, within off_device
         self.loss_vocab_size, self.stop_ids, self.chunk_tokens = loss_vocab_size, stop_ids, chunk_tokens
+        self.overlap_k, self.overlap_every = overlap_k, overlap_every
         self.ddp = [
             DistributedDataParallel(
                 chunk.config,
@@ -93,19 +110,29 @@ class Trainer:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def step(
-        self, batches: Sequence[PackedBatch], teacher: Sequence[FrozenScores], reference: Sequence[FrozenScores]
+        self,
+        batches: Sequence[PackedBatch],
+        teacher: Sequence[FrozenScores],
+        reference: Sequence[FrozenScores],
+        *,
+        objective: Objective | None = None,
+        rollouts: Sequence[Rollout] = (),
+        keep: Collection[int] = (),
     ) -> StepStats:
         """One optimizer step on the global batch whose share of this data-parallel rank is ``batches``, with their scores.
+
+        ``objective``: with the coefficients of this step; None: the run's. ``rollouts`` are what the batches were packed from,
+        of which those at the places ``keep`` are reported token by token.
 
         A non-finite loss or gradient norm leaves weights, optimizer and learning rate as they were (``skipped``). Raises
         RunStopped, on all ranks, where a frozen model's logits are not finite: no later step could be better.
         """
-        outputs = self.accumulate_gradients(batches, teacher, reference)
+        outputs = self.accumulate_gradients(batches, teacher, reference, objective)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())  # over the model-parallel groups
         *sums, tokens, engine_gap_max = self._reduce(batches, outputs).tolist()
         terms = LossTerms(*sums)
-        _check_frozen_models(terms)
+        _check_frozen_models(terms, self.loss_vocab_size)
         finite = math.isfinite(grad_norm) and all(math.isfinite(each) for each in (*terms, engine_gap_max))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if finite:
@@ -118,17 +145,23 @@ class Trainer:
             skipped=not finite,
             engine_gap_max=engine_gap_max,
             tokens=round(tokens),
+            responses=gather_response_values(rollouts, keep, batches, outputs, self.layout) if keep else {},
         )
 
     def accumulate_gradients(
-        self, batches: Sequence[PackedBatch], teacher: Sequence[FrozenScores], reference: Sequence[FrozenScores]
+        self,
+        batches: Sequence[PackedBatch],
+        teacher: Sequence[FrozenScores],
+        reference: Sequence[FrozenScores],
+        objective: Objective | None = None,
     ) -> list[LossOutput]:
         """The global batch's gradients in the DDP buffers, summed over the data-parallel ranks; losses on the last stage."""
         for ddp in self.ddp:
             ddp.train()
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = [self._loss(*each) for each in zip(batches, teacher, reference, strict=True)]
+        objective = objective or self.objective
+        losses = [self._loss(objective, *each) for each in zip(batches, teacher, reference, strict=True)]
         return forward_backward(self.ddp, _forward, batches, losses, self.layout)
 
     def complete_parameters(self) -> None:
@@ -238,14 +271,17 @@ class Trainer:
         states = [value for each in inner for state in each.state.values() for value in state.values()]
         return [*masters, *(state for state in states if torch.is_tensor(state))]
 
-    def _loss(self, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores) -> Callable[[Tensor], LossOutput]:
+    def _loss(
+        self, objective: Objective, batch: PackedBatch, teacher: FrozenScores, reference: FrozenScores
+    ) -> Callable[[Tensor], LossOutput]:
         def loss(hidden: Tensor) -> LossOutput:
-            return distillation_loss(
+            teacher_hidden = _like(teacher.hidden, hidden)
+            output = distillation_loss(
                 hidden,
                 self._lm_head(),
                 batch,
-                self.objective,
-                teacher_hidden=_like(teacher.hidden, hidden),
+                objective,
+                teacher_hidden=teacher_hidden,
                 teacher_head=teacher.lm_head,
                 teacher_scores=teacher.tokens,
                 reference_hidden=_like(reference.hidden, hidden),
@@ -255,8 +291,30 @@ class Trainer:
                 stop_ids=self.stop_ids,
                 chunk_tokens=self.chunk_tokens,
             )
+            if self.overlap_k and teacher_hidden is not None and teacher.lm_head is not None:
+                output = self._with_overlap(output, batch, hidden, teacher_hidden, teacher.lm_head)
+            return output
 
         return loss
+
+    def _with_overlap(
+        self, output: LossOutput, batch: PackedBatch, hidden: Tensor, teacher_hidden: Tensor, teacher_head: Tensor
+    ) -> LossOutput:
+        """The agreement of the likeliest tokens, on some of the rollout positions: which ones does not depend on the layout."""
+        chosen = (batch.rollout_weights > 0) & (batch.position_ids % self.overlap_every == 0)
+        overlap = top_k_overlap(
+            hidden,
+            self._lm_head(),
+            teacher_hidden,
+            teacher_head,
+            chosen.nonzero().squeeze(1).to(hidden.device),
+            k=self.overlap_k,
+            vocab_size=self.loss_vocab_size,
+            group=self.layout.tp,
+            chunk_tokens=self.chunk_tokens,
+        )
+        count = overlap.new_tensor(float(len(overlap)))
+        return replace(output, terms=output.terms._replace(overlap=overlap.sum(), overlap_positions=count))
 
     def _lm_head(self) -> Parameter:
         """[V/tp, H]. Last stage only."""
@@ -293,7 +351,13 @@ def _like(waiting: Tensor | None, hidden: Tensor) -> Tensor | None:
     return None if waiting is None else waiting.to(hidden.device, non_blocking=True)
 
 
-def _check_frozen_models(terms: LossTerms[float]) -> None:
+def _check_frozen_models(terms: LossTerms[float], vocab_size: int) -> None:
+    uniform = math.log(vocab_size)
+    if vocab_size > 1 and abs(terms.teacher_entropy - uniform) < _UNIFORM * uniform:
+        raise RunStopped(
+            f"teacher.model: uniform over the vocabulary, every token at {-uniform:.2f} nats: it has no weights, or zeros; "
+            "check its files"
+        )
     for model, count in (("teacher", terms.bad_teacher), ("reference", terms.bad_reference)):
         if count:
             raise RunStopped(f"{model}.model: NaN or infinite logits on {count:.0f} tokens of the step; check its weights")

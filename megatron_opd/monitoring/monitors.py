@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron_opd.config import MonitorsConfig, Threshold
-from megatron_opd.monitoring.length import length_stats, truncation_rate
-from megatron_opd.monitoring.repetition import repeated_ngram_share, repetition_rate
-from megatron_opd.types import Alarm, Rollout, Source
+from megatron_opd.monitoring.early_warning import EarlyWarning
+from megatron_opd.monitoring.length import length_histogram, length_stats, truncation_rate
+from megatron_opd.monitoring.repetition import Flags, repeated_ngram_share, repeated_tokens, repetition_rate
+from megatron_opd.types import Alarm, AlarmLevel, Histogram, Rollout, Source
 
 _BASELINE_STEPS = 5  # ours: how many first steps with rollouts make the baseline of length_growth
 
@@ -21,17 +23,27 @@ class Monitors:
         self._config = config
         self._max_new_tokens = max_new_tokens
         self._baseline: list[float] = []  # mean lengths of the first steps, tokens
-        self._summary = _summarise([], config)
+        self._early_warning = EarlyWarning()
+        self._repeated: list[Flags] = []
+        self._summary: dict[str, float | None] = {}
+        self._histogram: Histogram | None = None
 
     def observe(self, step: int, rollouts: Sequence[Rollout]) -> list[Alarm]:
         """At most one alarm for each monitor, of its highest level. Rollouts of the teacher and gold are left out."""
         config = self._config
-        self._summary = _summarise([rollout for rollout in rollouts if rollout.source is Source.STUDENT], config)
+        self._repeated = repeated_tokens([rollout.response_ids for rollout in rollouts], config.ngram)
+        own = [place for place, rollout in enumerate(rollouts) if rollout.source is Source.STUDENT]
+        written, repeated = [rollouts[place] for place in own], [self._repeated[place] for place in own]
+        self._summary = summarise(written, config, repeated) | _token_shares(rollouts)
+        self._histogram = length_histogram(written, self._max_new_tokens) if written else None
         truncation, repetition = self._summary["rollout/truncation_rate"], self._summary["rollout/repetition_rate"]
         growth = self._length_growth()
+        collapse = self._early_warning.update(written, repeated)
+        self._summary["monitors/collapse"] = collapse
+        cut = max((len(rollout.response_ids) for rollout in written if rollout.finish_reason == "length"), default=0)
         alarms = []
         if truncation is not None:
-            finding = f"{truncation:.0%} of the responses ran out of their {self._max_new_tokens} tokens"
+            finding = f"{truncation:.0%} of the responses ran out of their {cut} tokens"
             alarms.append(_alarm("truncation", config.truncation, truncation, step, finding))
         if repetition is not None:
             finding = f"{repetition:.0%} of the long responses repeat in their last {config.repetition_tail_chars} characters"
@@ -39,7 +51,20 @@ class Monitors:
         if growth is not None:
             finding = f"responses are {growth:.2f} times as long as in the first {_BASELINE_STEPS} steps"
             alarms.append(_alarm("length_growth", config.length_growth, growth, step, finding))
+        if collapse is not None:
+            finding = f"truncation and repetition rise together, {collapse:.2f} times the early warning's threshold"
+            alarms.append(_alarm("collapse", config.collapse, collapse, step, finding))
         return [alarm for alarm in alarms if alarm is not None]
+
+    @property
+    def repeated(self) -> list[Flags]:
+        """Of each of the last observed rollouts [R]: the tokens that end a repeated n-gram."""
+        return self._repeated
+
+    @property
+    def histogram(self) -> Histogram | None:
+        """Of the lengths of the last observed student rollouts; None where there were none."""
+        return self._histogram
 
     def summary(self) -> dict[str, float | None]:
         """The last observed step's figures; None where there was nothing to measure."""
@@ -47,10 +72,12 @@ class Monitors:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; JSON-serialisable."""
-        return {"length_baseline": list(self._baseline)}
+        return {"length_baseline": list(self._baseline), "early_warning": self._early_warning.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._baseline = [float(mean) for mean in state["length_baseline"]]
+        if "early_warning" in state:  # a checkpoint from before there was one has a baseline still to come
+            self._early_warning.load_state_dict(state["early_warning"])
 
     def _length_growth(self) -> float | None:
         """Mean length over that of the first steps; None until there are enough of them."""
@@ -64,23 +91,39 @@ class Monitors:
         return mean / baseline if baseline > 0 else None
 
 
-def _summarise(rollouts: Sequence[Rollout], config: MonitorsConfig) -> dict[str, float | None]:
-    lengths = length_stats(rollouts)
+def summarise(
+    rollouts: Sequence[Rollout], config: MonitorsConfig, repeated: Sequence[Flags], prefix: str = "rollout"
+) -> dict[str, float | None]:
+    """Length, truncation and repetition of some rollouts, as metrics.jsonl has them; None where there is nothing to measure."""
+    stats = length_stats(rollouts)
+    names = ("mean", "p05", "p25", "p50", "p75", "p95", "max")
+    lengths: dict[str, float | None] = dict.fromkeys(names) if stats is None else dict(asdict(stats))
     texts = [rollout.text for rollout in rollouts]
     return {
-        "rollout/length_mean": lengths.mean if lengths else None,
-        "rollout/length_p50": lengths.p50 if lengths else None,
-        "rollout/length_p95": lengths.p95 if lengths else None,
-        "rollout/length_max": lengths.max if lengths else None,
-        "rollout/truncation_rate": truncation_rate(rollouts),
-        "rollout/repetition_rate": repetition_rate(texts, config.repetition_tail_chars, config.repetition_threshold),
-        "rollout/repeated_ngrams": repeated_ngram_share(rollouts),
+        **{f"{prefix}/length_{name}": value for name, value in lengths.items()},
+        f"{prefix}/truncation_rate": truncation_rate(rollouts),
+        f"{prefix}/repetition_rate": repetition_rate(texts, config.repetition_tail_chars, config.repetition_threshold),
+        f"{prefix}/repeated_ngrams": repeated_ngram_share(rollouts, config.ngram, repeated),
     }
 
 
+def _token_shares(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
+    """Of all response tokens, those of each source."""
+    tokens = dict.fromkeys(Source, 0)
+    for rollout in rollouts:
+        tokens[rollout.source] += len(rollout.response_ids)
+    total = sum(tokens.values())
+    return {f"mixture/{source}_tokens": count / total if total else None for source, count in tokens.items()}
+
+
 def _alarm(monitor: str, limits: Threshold, value: float, step: int, finding: str) -> Alarm | None:
-    if limits.stop is not None and value >= limits.stop:
-        return Alarm(monitor, "stop", value, limits.stop, f"step {step}: {finding}; monitors.{monitor}.stop is {limits.stop}")
-    if limits.warn is not None and value >= limits.warn:
-        return Alarm(monitor, "warn", value, limits.warn, f"step {step}: {finding}; monitors.{monitor}.warn is {limits.warn}")
+    levels: list[tuple[AlarmLevel, float | None]] = [
+        ("stop", limits.stop),
+        ("rollback", limits.rollback),
+        ("warn", limits.warn),
+    ]
+    for level, limit in levels:
+        if limit is not None and value >= limit:
+            message = f"step {step}: {finding}; monitors.{monitor}.{level} is {limit}"
+            return Alarm(monitor, level, value, limit, message)
     return None

@@ -26,7 +26,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Episode:
-    """Alarms of one monitor and level, each no more than ``_APART`` steps after the one before."""
+    """Warnings of one monitor, each no more than ``_APART`` steps after the one before."""
 
     first: AlarmLine
     last_step: int
@@ -73,12 +73,12 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def episodes(run: Run) -> list[Episode]:
-    """The alarms by step, those near each other as one; one with an action stands for itself."""
+    """The alarms by step, warnings near each other as one."""
     running: dict[tuple[str, str], list[AlarmLine]] = {}
     groups: list[list[AlarmLine]] = []
     for alarm in sorted(run.alarms, key=lambda alarm: alarm.step):
         group = running.get((alarm.monitor, alarm.level))
-        if group and alarm.step - group[-1].step <= _APART and not alarm.action:
+        if group and alarm.step - group[-1].step <= _APART and alarm.level == "warn":
             group.append(alarm)
         else:
             running[alarm.monitor, alarm.level] = group = [alarm]
@@ -175,7 +175,7 @@ def _alarms(run: Run) -> str:
     for alarm in run.alarms:
         found.setdefault(f"{alarm.monitor} ({alarm.level})", []).append(alarm)
     parts = [
-        f"{what} from step {min(alarm.step for alarm in alarms):,}" + (f", at {len(alarms):,} steps" if len(alarms) > 1 else "")
+        f"{what} at step {min(alarm.step for alarm in alarms):,}" + (f", {len(alarms):,} times in all" if len(alarms) > 1 else "")
         for what, alarms in found.items()
     ]
     return f"Alarms: {'; '.join(parts)}."

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from megatron_opd.config import LengthBudget
 from megatron_opd.data.mixture import Mixture
 from megatron_opd.data.prompts import PromptDataset
 from megatron_opd.rollout.collect import collect
@@ -50,14 +51,16 @@ class StepRollouts:
         sampling: SamplingParams,
         *,
         prompts: int,
+        budget: LengthBudget | None = None,
         ahead: Beside | None = None,
     ) -> None:
         """Args:
         prompts: of one step.
+        budget: how ``sampling.max_new_tokens`` is reached; None: at once.
         ahead: the same writers, to write a step's rollouts while the step before trains; None: strictly on-policy.
         """
         self._dataset, self._mixture, self._writers, self._sampling = dataset, mixture, writers, sampling
-        self._prompts, self._beside = prompts, ahead
+        self._prompts, self._budget, self._beside = prompts, budget, ahead
         self._ahead: _Ahead | None = None
 
     def take(self, state: TrainState) -> list[Rollout]:
@@ -69,7 +72,7 @@ class StepRollouts:
             state.cursor = taken.cursor
             return taken.rollouts
         plan, state.cursor = self._plan(state.step, state.cursor)
-        return collect(plan, self._writers.student, self._writers.teacher, self._sampling)
+        return collect(plan, self._writers.student, self._writers.teacher, self._sampling_of(state.step))
 
     def begin_next(self, state: TrainState) -> None:
         """After :meth:`take`: the next step's are written from now on, with the weights that the engines have.
@@ -79,7 +82,7 @@ class StepRollouts:
         if self._beside is None:
             return
         plan, cursor = self._plan(state.step + 1, state.cursor)
-        writers, sampling = self._beside.writers, self._sampling
+        writers, sampling = self._beside.writers, self._sampling_of(state.step + 1)
         future = None
         if self._beside.first_rank.here:
             future = _in_thread(lambda: collect(plan, writers.student, writers.teacher, sampling))
@@ -96,6 +99,19 @@ class StepRollouts:
             return ahead.future.result()
 
         ahead.rollouts = self._beside.first_rank.run(written)
+
+    def discard(self) -> None:
+        """What was written ahead is not wanted any more: the run goes back."""
+        self.settle()
+        self._ahead = None
+
+    def _sampling_of(self, step: int) -> SamplingParams:
+        """``step``: those that were done before, so 0 for the first."""
+        budget, whole = self._budget, self._sampling.max_new_tokens
+        if budget is None or step >= budget.steps:
+            return self._sampling
+        grown = budget.start + (whole - budget.start) * step // budget.steps
+        return replace(self._sampling, max_new_tokens=min(grown, whole))
 
     def _plan(self, step: int, cursor: DataCursor) -> tuple[list[RolloutRequest], DataCursor]:
         after = replace(cursor)

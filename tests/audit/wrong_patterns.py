@@ -205,4 +205,5 @@ def _true_rows(lm_head: Tensor, vocab_size: int, group: ProcessGroup) -> tuple[i
 def _output(loss: Tensor, log_probs: Tensor) -> LossOutput:
     nothing = torch.zeros(())
     terms = LossTerms(*[nothing] * len(LossTerms._fields))
-    return LossOutput(loss, terms, log_probs.detach(), torch.zeros_like(log_probs).detach(), nothing)
+    unknown = torch.zeros_like(log_probs).detach()
+    return LossOutput(loss, terms, log_probs.detach(), unknown, unknown, nothing)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -57,6 +58,26 @@ def test_a_hand_worked_micro_batch() -> None:
     assert batch.max_seqlen == 4
     assert (batch.tokens.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
     assert (batch.old_log_probs.dtype, batch.gold_weights.dtype) == (torch.float32, torch.float32)
+
+
+def test_tokens_that_count_less_leave_the_weight_to_the_others() -> None:
+    long, short = make_rollout(tokens=4, prompt=make_prompt(tokens=1)), make_rollout(tokens=2, prompt=make_prompt(tokens=1))
+    shares = [np.array([1.0, 1.0, 0.5, 0.0]), np.array([1.0, 1.0])]
+    flags = [np.array([False, False, True, True]), np.array([False, True])]
+    expected = {"token": [1, 1, 0.5, 0, 1, 1], "response": [0.9, 0.9, 0.45, 0, 1.125, 1.125]}  # of 4.5
+    for aggregation in AGGREGATIONS:
+        [[batch]] = pack([long, short], dp_size=1, max_tokens=8, aggregation=aggregation, shares=shares, repeated=flags)
+        torch.testing.assert_close(batch.rollout_weights, torch.tensor(expected[aggregation]) / 4.5)
+        assert batch.repeated is not None
+        assert batch.repeated.tolist() == [False, False, True, True, False, True]
+        assert batch.responses == (0, 1)
+
+
+def test_a_response_without_any_share_is_left_out() -> None:
+    rollouts = [make_rollout(tokens=3), make_rollout(tokens=2), make_rollout(Source.GOLD, tokens=2)]
+    [[batch]] = pack(rollouts, dp_size=1, max_tokens=20, aggregation="token", shares=[np.zeros(3), np.ones(2), np.ones(2)])
+    assert sorted(batch.responses) == [1, 2]
+    assert batch.rollout_weights.sum() == pytest.approx(1.0)
 
 
 @given(rollout_lists(), layouts, st.sampled_from([2, 4]))

@@ -10,7 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.audit import oracle
-from megatron_opd.losses import distillation_loss, fused_linear_divergence, student_support, vocab_parallel_divergence
+from megatron_opd.losses import (
+    distillation_loss,
+    fused_linear_divergence,
+    student_support,
+    top_k_overlap,
+    vocab_parallel_divergence,
+)
 from megatron_opd.types import LossOutput, Objective, OpdKind, PackedBatch, TokenScores
 
 PADDED_VOCAB = 24  # rows of every LM head: 12 a rank at TP2, 6 at TP4
@@ -171,6 +177,31 @@ def sharded_student_support(
         vocab_size=problem.vocab_size,
         group=_group(),
         stop_ids=stop_ids,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def student_teacher_overlap(problem: Problem, k: int) -> Tensor:
+    """[T], densely."""
+    logits = [
+        problem.hidden @ problem.head[: problem.vocab_size].T,
+        problem.teacher_hidden @ problem.teacher_head[: problem.vocab_size].T,
+    ]
+    student, teacher = (set_of.topk(k, -1).indices.tolist() for set_of in logits)
+    return torch.tensor([len(set(one) & set(other)) / k for one, other in zip(student, teacher, strict=True)]).double()
+
+
+def sharded_overlap(problem: Problem, k: int, positions: Tensor, chunk_tokens: int | None) -> Tensor:
+    """:func:`student_teacher_overlap` on this rank's rows; without a process group on all of them."""
+    return top_k_overlap(
+        problem.hidden,
+        _rows(problem.head),
+        problem.teacher_hidden,
+        _rows(problem.teacher_head),
+        positions,
+        k=k,
+        vocab_size=problem.vocab_size,
+        group=_group(),
         chunk_tokens=chunk_tokens,
     )
 

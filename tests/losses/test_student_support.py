@@ -10,8 +10,10 @@ from tests.losses.problems import (
     VOCABS,
     Problem,
     make_problem,
+    sharded_overlap,
     sharded_student_support,
     student_ids,
+    student_teacher_overlap,
     with_objective,
 )
 from tests.worker_pool import WorkerPool
@@ -62,6 +64,19 @@ def test_merged_class_leaves_fewer_ids_than_k(pool: WorkerPool, tp: int) -> None
     ids = _support(pool, tp, problem, 11, "one class", torch.arange(5))
     others = sorted(set(range(11)) - set(STOP_IDS))
     assert all(sorted(row[row >= 0].tolist()) == others for row in ids)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABS)
+@pytest.mark.parametrize("k", (1, 4, 16))
+@pytest.mark.parametrize("tp", TP_SIZES)
+def test_overlap_with_the_teacher_is_that_of_dense_choices(pool: WorkerPool, tp: int, k: int, vocab_size: int) -> None:
+    problem = make_problem(vocab_size)
+    positions = torch.arange(1, len(problem.hidden), 2)
+    truth = student_teacher_overlap(problem, min(k, vocab_size))[positions]
+    assert 0 < truth.mean() < 1 or k >= vocab_size
+    results = pool.run(tp, sharded_overlap, problem, k, positions, 7) if tp > 1 else [sharded_overlap(problem, k, positions, 7)]
+    for ours in results:
+        torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize("tp", (1, 2))

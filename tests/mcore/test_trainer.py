@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,13 @@ OTHER_SPLITS = {
 }
 
 
+# Terms that only the monitors read.
+MONITORED = (
+    *("log_prob", "teacher_log_prob", "engine_log_prob", "repeated_weight", "repeated_advantage"),
+    *("overlap", "overlap_positions"),
+)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A student and a teacher of another width and depth; 101 ids, padded to 128."""
@@ -119,7 +126,8 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
     objective, counts = case.objective, dict.fromkeys(Source, 0)
     for rollout in rollouts:
         counts[rollout.source] += len(rollout.response_ids) if case.aggregation == "token" else 1
-    sums = dict.fromkeys(("opd", "reference_kl", "teacher_written", "gold"), torch.zeros((), dtype=torch.float64))
+    named = ("opd", "reference_kl", "teacher_written", "gold", *MONITORED)
+    sums = dict.fromkeys(named, torch.zeros((), dtype=torch.float64))
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
         start, response = len(rollout.prompt.token_ids) - 1, torch.tensor(rollout.response_ids)
@@ -139,6 +147,15 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
             else:
                 opd = (log_q.exp() * (log_q - log_p)).sum(-1)  # forward KL
             terms = {"opd": opd, "reference_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
+            of_teacher = log_q.gather(1, response[:, None]).squeeze(1)
+            repeated = torch.tensor([token in rollout.response_ids[:i] for i, token in enumerate(rollout.response_ids)])
+            terms |= {"log_prob": chosen.detach(), "teacher_log_prob": of_teacher, "engine_log_prob": old}
+            terms |= {"repeated_weight": repeated.double(), "repeated_advantage": repeated * (of_teacher - old)}
+            sampled = torch.arange(start, start + len(response)) % 2 == 0
+            likeliest = [each.detach().topk(3, -1).indices for each in (log_p, log_q)]
+            overlap = (likeliest[0][:, :, None] == likeliest[1][:, None, :]).any(-1).double().mean(-1)
+            sums["overlap"] = sums["overlap"] + overlap[sampled].sum()
+            sums["overlap_positions"] = sums["overlap_positions"] + sampled.sum()
         else:
             terms = {"gold" if rollout.source is Source.GOLD else "teacher_written": -chosen}
         for name, values in terms.items():
@@ -275,11 +292,17 @@ def _assert_steps_agree(
     name: str,
 ) -> None:
     expected_stats, expected_weights = one_rank
-    for stats, weights in pool.run(case.world_size, train_steps, *models, case, 3):
+    of_ranks = pool.run(case.world_size, train_steps, *models, case, 3)
+    assert [set(stats[-1].responses) for stats, _ in of_ranks] == [set(range(10)), *[set()] * (case.world_size - 1)]
+    for stats, weights in of_ranks:
         for actual, expected in zip(stats, expected_stats, strict=True):
             for field, value in actual.terms._asdict().items():
                 assert math.isclose(value, expected.terms._asdict()[field], rel_tol=1e-5, abs_tol=1e-7), field
             assert math.isclose(actual.grad_norm, expected.grad_norm, rel_tol=1e-5)
+            for place, values in actual.responses.items():  # on the first rank
+                of_one_rank = expected.responses[place]
+                for actual_values, expected_values in zip(astuple(values), astuple(of_one_rank), strict=True):
+                    torch.testing.assert_close(actual_values, expected_values, rtol=1e-4, atol=1e-5)
         update = sum((weights[key] - expected_weights[key]).norm() ** 2 for key in weights) ** 0.5
         total = sum(expected_weights[key].norm() ** 2 for key in weights) ** 0.5
         assert update <= 1e-4 * total

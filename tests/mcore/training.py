@@ -19,6 +19,7 @@ from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
+from megatron_opd.monitoring.repetition import repeated_tokens
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.types import (
@@ -114,6 +115,8 @@ def build_trainer(student: str, case: Case, layout: ParallelLayout, platform: Pl
         stop_ids=(2,),
         chunk_tokens=7,
         offload=case.offload,
+        overlap_k=3,
+        overlap_every=2,
     )
 
 
@@ -177,7 +180,11 @@ def _train(
         shares = share(rollouts, case, layout)
         with trainer.off_device():
             teacher_scores, reference_scores = (_score(scorer, shares) for scorer in (teacher_scorer, reference_scorer))
-        stats.append(trainer.step(own_part(shares, layout), teacher_scores, reference_scores))
+        packed = in_order(rollouts, case)
+        own = own_part(shares, layout)
+        taken = trainer.step(own, teacher_scores, reference_scores, rollouts=packed, keep=range(len(packed)))
+        of_rollouts = {rollouts.index(packed[place]): values for place, values in taken.responses.items()}
+        stats.append(replace(taken, responses=of_rollouts))
     return trainer, stats
 
 
@@ -203,17 +210,23 @@ def gradients(student: str, teacher: str, case: Case) -> tuple[StepStats, dict[s
 
 
 def share(rollouts: Sequence[Rollout], case: Case, layout: ParallelLayout) -> list[list[PackedBatch]]:
-    """Every data-parallel rank's micro-batches."""
-    rollouts = list(rollouts)
-    if case.shuffle is not None:
-        random.Random(case.shuffle).shuffle(rollouts)
+    """Every data-parallel rank's micro-batches; a token counts as repeated where its response had it before."""
+    rollouts = in_order(rollouts, case)
     return pack(
         rollouts,
         dp_size=layout.dp_size,
         max_tokens=case.max_tokens,
         aggregation=case.aggregation,
         multiples=Multiples.of([case.parallel, case.frozen]),
+        repeated=repeated_tokens([rollout.response_ids for rollout in rollouts], n=1),
     )
+
+
+def in_order(rollouts: Sequence[Rollout], case: Case) -> list[Rollout]:
+    rollouts = list(rollouts)
+    if case.shuffle is not None:
+        random.Random(case.shuffle).shuffle(rollouts)
+    return rollouts
 
 
 def own_part(shares: Sequence[Sequence[PackedBatch]], layout: ParallelLayout) -> list[PackedBatch]:

@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_opd.monitoring import JsonlSink, TensorBoardSink, WandbSink, open_sinks
-from megatron_opd.types import OpdError
+from megatron_opd.monitoring.alarms import AlarmLog
+from megatron_opd.types import Alarm, Histogram, OpdError
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -77,6 +79,53 @@ def test_tensorboard_holds_the_scalars_of_a_resumed_run_once(tmp_path: Path) -> 
     accumulator.Reload()
     assert accumulator.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in accumulator.Scalars("loss")] == [(0, 0), (1, 1), (2, 12), (3, 13), (4, 14)]
+
+
+def test_a_rewound_jsonl_file_goes_on_from_there_and_sets_the_rest_apart(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
+    for step in range(5):
+        sink.write(step, {"loss": float(step)})
+    sink.rewind(2, rollback=1)
+    sink.write(3, {"loss": 30.0}, {"lengths": Histogram((1, 0, 2), 6.0)})
+    sink.rewind(2, rollback=2)
+    sink.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": step, "loss": float(step)} for step in range(3)
+    ]
+    assert [json.loads(line) for line in (tmp_path / "rolled_back.jsonl").read_text().splitlines()] == [
+        {"step": 3, "loss": 3.0, "rollback": 1},
+        {"step": 4, "loss": 4.0, "rollback": 1},
+        {"step": 3, "loss": 30.0, "lengths": [1, 0, 2], "rollback": 2},
+    ]
+
+
+def test_tensorboard_shows_histograms_and_goes_back(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sink = TensorBoardSink(tmp_path, 0)
+    for step in range(4):
+        sink.write(step, {"loss": float(step)}, {"lengths": Histogram((3, 1), 8.0)})
+    sink.rewind(1, rollback=1)
+    sink.write(2, {"loss": 20.0})
+    sink.close()
+    events = accumulator.EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 20)]
+    histogram = events.Histograms("lengths")[0].histogram_value
+    assert (histogram.num, histogram.sum, list(histogram.bucket_limit), list(histogram.bucket)) == (4, 12, [4, 8], [3, 1])
+
+
+def test_an_alarm_that_goes_on_is_told_once_and_a_killed_runs_are_dropped(tmp_path: Path) -> None:
+    log = AlarmLog(tmp_path / "alarms.jsonl", 0)
+    alarm = Alarm("truncation", "warn", 0.5, 0.3, "step 1: half")
+    assert log.begun([alarm]) == [alarm]
+    assert log.begun([alarm]) == []
+    assert log.begun([]) == []
+    assert log.begun([alarm]) == [alarm]
+    log.write(1, alarm, "warned")
+    log.write(4, alarm, "stopped")
+    AlarmLog(tmp_path / "alarms.jsonl", 4)
+    [line] = (tmp_path / "alarms.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 1, **asdict(alarm), "action": "warned"}
 
 
 def test_wandb_takes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

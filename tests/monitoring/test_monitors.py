@@ -11,10 +11,7 @@ from megatron_opd.types import Rollout, Source
 from tests.data.factories import make_rollout
 
 KEYS = {
-    "rollout/length_mean",
-    "rollout/length_p50",
-    "rollout/length_p95",
-    "rollout/length_max",
+    *(f"rollout/length_{name}" for name in ("mean", "p05", "p25", "p50", "p75", "p95", "max")),
     "rollout/truncation_rate",
     "rollout/repetition_rate",
     "rollout/repeated_ngrams",
@@ -38,7 +35,7 @@ def test_truncation_raises_one_alarm_of_the_level_it_reached(truncated: int, lev
     for alarm in alarms:
         assert (alarm.monitor, alarm.value) == ("truncation", truncated / 10)
         assert alarm.threshold == {"warn": 0.3, "stop": 0.8}[alarm.level]
-        assert alarm.message.startswith(f"step 4: {truncated * 10}% of the responses ran out of their 64 tokens")
+        assert alarm.message.startswith(f"step 4: {truncated * 10}% of the responses ran out of their 4 tokens")
         assert "\n" not in alarm.message
 
 
@@ -95,18 +92,29 @@ def test_the_summary_is_of_student_rollouts_of_the_last_step() -> None:
     )
     assert watch.summary() == {
         "rollout/length_mean": 4.0,
+        "rollout/length_p05": 3.0,
+        "rollout/length_p25": 3.0,
         "rollout/length_p50": 3.0,
+        "rollout/length_p75": 5.0,
         "rollout/length_p95": 5.0,
         "rollout/length_max": 5.0,
         "rollout/truncation_rate": 0.5,
         "rollout/repetition_rate": None,
         "rollout/repeated_ngrams": 0.0,
+        "mixture/student_tokens": 8 / 128,
+        "mixture/teacher_tokens": 70 / 128,
+        "mixture/gold_tokens": 50 / 128,
+        "monitors/collapse": None,
     }
+    histogram = watch.histogram
+    assert histogram is not None
+    assert (sum(histogram.counts), histogram.counts[1], histogram.counts[2], histogram.high) == (2, 1, 1, 64.0)
 
 
 def test_without_student_rollouts_everything_is_none() -> None:
     watch = monitors(truncation=Threshold(warn=0.0, stop=0.0))
-    assert watch.summary() == dict.fromkeys(KEYS)
     watch.observe(0, with_truncation(3))
     assert watch.observe(1, [make_rollout(Source.GOLD)]) == []
-    assert watch.summary() == dict.fromkeys(KEYS)
+    assert {name: watch.summary()[name] for name in KEYS} == dict.fromkeys(KEYS)
+    assert watch.summary()["mixture/gold_tokens"] == 1.0
+    assert watch.histogram is None

@@ -3,11 +3,13 @@ from __future__ import annotations
 import random
 import statistics
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_opd.monitoring import LengthStats, length_stats, repeated_ngram_share, repetition_rate, truncation_rate
+from megatron_opd.monitoring.repetition import repeated_tokens
 from tests.data.factories import make_rollout
 
 
@@ -19,7 +21,7 @@ def test_truncation_rate_counts_responses_that_met_the_limit() -> None:
 
 def test_length_stats_of_a_hand_worked_case() -> None:
     lengths = [20, 1, 3, 2, *range(4, 20), 100]  # 1..20 and 100
-    assert length_stats([make_rollout(tokens=n) for n in lengths]) == LengthStats(310 / 21, 11.0, 20.0, 100.0)
+    assert length_stats([make_rollout(tokens=n) for n in lengths]) == LengthStats(310 / 21, 2.0, 6.0, 11.0, 16.0, 20.0, 100.0)
     assert length_stats([]) is None
 
 
@@ -84,3 +86,21 @@ def test_repeated_4_gram_share_is_a_mean_over_responses_within_each() -> None:
     too_short = make_rollout(response_ids=(1,))
     assert repeated_ngram_share([loop, plain, plain, too_short]) == pytest.approx(0.3)
     assert repeated_ngram_share([make_rollout(response_ids=(1, 1, 2, 1, 1))], n=2) == 0.25
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=40), max_size=8), st.integers(1, 5))
+def test_repeated_tokens_end_an_ngram_that_the_same_response_had_before(responses: list[list[int]], n: int) -> None:
+    flags = repeated_tokens(responses, n)
+    assert [len(each) for each in flags] == [len(response) for response in responses]
+    for response, repeated in zip(responses, flags, strict=True):
+        seen: set[tuple[int, ...]] = set()
+        for end in range(len(response)):
+            ngram = tuple(response[end - n + 1 : end + 1]) if end >= n - 1 else None
+            assert repeated[end] == (ngram in seen)
+            if ngram is not None:
+                seen.add(ngram)
+
+
+def test_one_token_over_and_over_is_repeated_but_for_its_first_ngram() -> None:
+    [flags] = repeated_tokens([[7] * 1000])
+    assert np.flatnonzero(~flags).tolist() == [0, 1, 2, 3]

@@ -29,7 +29,8 @@ def write_run(folder: Path, steps: int = 120, *, collapse: int | None = None, se
     folder.mkdir(parents=True)
     records = [_record(step, steps, collapse, every, draws) for step in range(steps + 1)]
     write_lines(folder / "metrics.jsonl", records)
-    alarms = [_alarm(record) for record in records[1:] if record["rollout/truncation_rate"] >= 0.3]
+    sounding = [bool(record.get("rollout/truncation_rate", 0.0) >= 0.3) for record in records]
+    alarms = [_alarm(records[i]) for i in range(1, steps + 1) if sounding[i] and not sounding[i - 1]]  # where each begins
     if alarms:
         write_lines(folder / "alarms.jsonl", alarms)
     config = {
@@ -156,7 +157,7 @@ def _alarm(record: dict[str, Any]) -> dict[str, Any]:
     value = record["rollout/truncation_rate"]
     message = f"step {record['step']}: {value:.0%} of the responses ran out of their {BUDGET} tokens"
     limit = {"value": value, "threshold": 0.3}
-    return {"step": record["step"], "monitor": "truncation", "level": "warn", **limit, "message": message, "action": ""}
+    return {"step": record["step"], "monitor": "truncation", "level": "warn", **limit, "message": message, "action": "warned"}
 
 
 def _samples(step: int, collapse: int | None, draws: random.Random) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def test_alarms_near_each_other_are_one_and_damaged_ones_are_counted(tmp_path: P
     found = [(e.first.step, e.last_step, e.count, e.peak, e.first.level) for e in episodes(run)]
     assert found == [(5, 9, 3, 0.09, "warn"), (40, 40, 1, 0.4, "warn"), (41, 41, 1, None, "stop")]
     assert any(note.startswith("alarms.jsonl: 2 lines left out") for note in run.notes)
-    assert "Alarms: truncation (warn) from step 5, at 4 steps; truncation (stop) from step 41." in story(run)
+    assert "Alarms: truncation (warn) at step 5, 4 times in all; truncation (stop) at step 41." in story(run)
 
 
 def test_the_story_says_what_the_numbers_say(tmp_path: Path) -> None:

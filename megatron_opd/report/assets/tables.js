@@ -46,7 +46,7 @@ const Tables = (() => {
         el("td", {}, el("span", { class: `level ${alarm.level === "warn" ? "warn" : "stop"}` }, alarm.level)),
         el("td", {}, Format.value(alarm.value, "") + (alarm.count > 1 ? ` (up to ${Format.value(alarm.peak, "")})` : "")),
         el("td", {}, Format.value(alarm.threshold, "")),
-        el("td", { class: "text" }, alarm.message, alarm.action ? el("strong", {}, ` → ${alarm.action}`) : null),
+        el("td", { class: "text" }, alarm.message, alarm.action && alarm.level !== "warn" ? el("strong", {}, ` → ${alarm.action}`) : null),
       ),
     );
     return el(

@@ -1,0 +1,34 @@
+"""Coefficients of the loss that follow targets. Beyond the paper: ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_opd.config import ControlConfig
+from megatron_opd.types import Objective, TrainState
+
+
+def coefficients(objective: Objective, state: TrainState) -> Objective:
+    """The configured objective with the factors of ``state``."""
+    return replace(
+        objective,
+        reference_kl=objective.reference_kl * state.reference_factor,
+        gold_weight=objective.gold_weight * state.gold_factor,
+    )
+
+
+def control(state: TrainState, config: ControlConfig, reference_kl: float, truncation: float | None) -> None:
+    """Move the factors of ``state`` towards the targets, given the step's KL(student || reference), nats, and truncation rate.
+
+    A factor grows while its figure is above the target and falls while it is below, by ``rate`` a step where it is off by
+    the target itself or more, by less where it is nearer; always within 1 .. ``max_factor``.
+    """
+    if config.reference_kl_target is not None:
+        state.reference_factor = _moved(state.reference_factor, reference_kl, config.reference_kl_target, config)
+    if config.truncation_target is not None and truncation is not None:
+        state.gold_factor = _moved(state.gold_factor, truncation, config.truncation_target, config)
+
+
+def _moved(factor: float, value: float, target: float, config: ControlConfig) -> float:
+    error = min(1.0, max(-1.0, (value - target) / target))
+    return min(config.max_factor, max(1.0, factor * (1.0 + config.rate * error)))
