@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.report.pieces import in_text
 from megatron_opd.report.runs import Number, Run, number, objects
 
 DEFAULT_RESPONSES = 400  # of each run; ours
@@ -141,7 +142,7 @@ def _sample(line: dict[str, Any]) -> Sample | None:
         finish_reason=string("finish_reason"),
         correct=correct if isinstance(correct, bool) else None,
         text=text,
-        pieces=tuple(pieces),
+        pieces=tuple(in_text(pieces, text)),
         log_probs=figures("log_probs"),
         teacher_log_probs=figures("teacher_log_probs"),
         advantages=figures("advantages"),

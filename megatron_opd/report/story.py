@@ -175,7 +175,8 @@ def _alarms(run: Run) -> str:
     for alarm in run.alarms:
         found.setdefault(f"{alarm.monitor} ({alarm.level})", []).append(alarm)
     parts = [
-        f"{what} at step {min(alarm.step for alarm in alarms):,}" + (f", {len(alarms):,} times in all" if len(alarms) > 1 else "")
+        f"{what} at step {min(alarm.step for alarm in alarms):,}"
+        + (f", {len(alarms):,} times in all" if len(alarms) > 1 else "")
         for what, alarms in found.items()
     ]
     return f"Alarms: {'; '.join(parts)}."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opd.report.pieces import in_text
 from megatron_opd.report.runs import read_runs
 from megatron_opd.report.samples import read_samples
 from megatron_opd.report.story import episodes, key_figures, story
@@ -133,3 +134,18 @@ def test_damaged_samples_are_counted_and_figures_of_another_length_left_out(tmp_
     assert (bare.pieces, bare.source, bare.correct) == ((), "", None)
     assert third.pieces == ()
     assert held.notes == ["samples: 2 lines left out: no whole JSON object with a text"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text", "expected"),
+    [
+        ([" a", " b", "<eos>"], " a b", [" a", " b", "<eos>"]),
+        (["Wait", ",", "8", "</s>"], "Wait, 8", ["Wait", ",", " 8", "</s>"]),  # SentencePiece's, decoded alone
+        (["a", "\ufffd", "\ufffd", "b"], "a\u00e9b", ["a", "\u00e9", "", "b"]),  # a character in two tokens
+        (["\ufffd", "<eos>"], "\ufffd", ["\ufffd", "<eos>"]),
+        (["x", "", "y"], "something else altogether", ["x", "", "y"]),
+        (["a", "a", "a"], "a a\n\na", ["a", " a", "\n\na"]),
+    ],
+)
+def test_tokens_are_shown_as_they_stand_in_the_text(pieces: list[str], text: str, expected: list[str]) -> None:
+    assert in_text(pieces, text) == expected

@@ -5,7 +5,7 @@ const Tokens = (() => {
     advantage: { title: "advantage", of: (sample) => sample.advantage },
     student: { title: "student's log-probability", of: (sample) => sample.student },
     teacher: { title: "teacher's log-probability", of: (sample) => sample.teacher },
-    none: { title: "nothing", of: () => [] },
+    none: { title: "nothing: plain text", of: () => [] },
   };
   const STRONGEST = 0.75; // opacity at the end of the scale: text stays legible on it
   const hint = Dom.el("div", { class: "hint", role: "tooltip", hidden: true });
@@ -14,8 +14,8 @@ const Tokens = (() => {
   // `scale`: nats at which a colour is strongest.
   function render(sample, coloring, scale) {
     const node = Dom.el("div", { class: "response" });
-    if (sample.pieces.length === 0) {
-      node.append(sample.text ?? "");
+    if (sample.pieces.length === 0 || coloring === "none") {
+      node.append(sample.text ?? sample.pieces.join(""));
       return node;
     }
     const values = COLORINGS[coloring].of(sample);
