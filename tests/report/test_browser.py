@@ -51,7 +51,7 @@ class Opened:
         return int(text.removeprefix("step ").replace(",", ""))
 
     def legend(self, panel: str, run: int = 0) -> list[str]:
-        return self.page.locator(f"#panel-{panel} .legend td[data-run='{run}']").all_text_contents()
+        return self.page.locator(f"#panel-{panel} .legend [data-run='{run}']").all_text_contents()
 
 
 @pytest.fixture(scope="module")

@@ -146,19 +146,13 @@ const Charts = (() => {
     };
   }
 
-  // A table of runs by curves with their values at the cursor, or the last ones. A click on a head hides that curve.
+  // Values at the cursor, or the last ones: of one run side by side, of several as a table of runs by curves.
   function values(panel, runs, toggle) {
-    const several = Data.runs.length > 1;
-    const when = Dom.el("th", { class: "when" }, "last");
-    const heads = panel.curves.map((curve, i) => {
-      const mark = several && panel.kind !== "stack" ? Dom.swatch("var(--muted)", DASH_NAMES[i % 4]) : Dom.swatch(`var(--hue-${panel.kind === "fan" ? 0 : i % 8})`);
-      if (panel.kind !== "lines") return Dom.el("th", {}, panel.kind === "stack" ? mark : null, curve.label);
-      const button = Dom.el("button", { type: "button", title: "show or hide", onclick: () => button.classList.toggle("off", !toggle(i)) }, mark, curve.label);
-      return Dom.el("th", {}, button);
-    });
-    const cells = runs.map((run) => panel.curves.map(() => Dom.el("td", { "data-run": run.index })));
-    const rows = runs.map((run, r) => Dom.el("tr", {}, Dom.el("th", { class: "run" }, runs.length > 1 ? [Dom.swatch(`var(--hue-${run.index % 8})`), run.name] : null), cells[r]));
-    const node = Dom.el("table", { class: "legend" }, Dom.el("thead", {}, Dom.el("tr", {}, when, heads)), Dom.el("tbody", {}, rows));
+    const when = Dom.el("span", { class: "when" }, "last");
+    const names = panel.curves.map((curve, i) => name(panel, curve, i, toggle));
+    const cell = runs.length > 1 ? "td" : "span";
+    const cells = runs.map((run) => panel.curves.map(() => Dom.el(cell, { class: "value", "data-run": run.index })));
+    const node = runs.length > 1 ? table(runs, when, names, cells) : Dom.el("div", { class: "legend" }, when, names.map((each, i) => Dom.el("span", {}, each, cells[0][i])));
 
     function update(step) {
       when.textContent = step === null ? "last" : `step ${Format.step(step)}`;
@@ -173,6 +167,21 @@ const Charts = (() => {
     }
     update(null);
     return { node, update };
+  }
+
+  // A click hides the curve, or shows it again.
+  function name(panel, curve, i, toggle) {
+    if (panel.kind === "fan") return curve.label;
+    if (panel.kind === "stack") return Dom.el("span", {}, Dom.swatch(`var(--hue-${i % 8})`), curve.label);
+    const mark = Data.runs.length > 1 ? Dom.swatch("var(--muted)", DASH_NAMES[i % 4]) : Dom.swatch(`var(--hue-${i % 8})`);
+    const button = Dom.el("button", { type: "button", title: "show or hide", onclick: () => button.classList.toggle("off", !toggle(i)) }, mark, curve.label);
+    return button;
+  }
+
+  function table(runs, when, names, cells) {
+    const head = Dom.el("tr", {}, Dom.el("th", {}, when), names.map((each) => Dom.el("th", {}, each)));
+    const rows = runs.map((run, r) => Dom.el("tr", {}, Dom.el("th", { class: "run" }, Dom.swatch(`var(--hue-${run.index % 8})`), run.name), cells[r]));
+    return Dom.el("table", { class: "legend" }, Dom.el("thead", {}, head), Dom.el("tbody", {}, rows));
   }
 
   return { figure };

@@ -56,7 +56,7 @@ const Heat = (() => {
   function legend(panel, run) {
     const when = Dom.el("span", { class: "when" });
     const text = Dom.el("span");
-    const node = Dom.el("p", { class: "legend heat" }, when, " ", text);
+    const node = Dom.el("p", { class: "legend" }, when, " ", text);
     const bins = binCount(run);
     const size = top(run) / bins;
 

@@ -33,7 +33,7 @@ const Tables = (() => {
   function alarms(toRollouts) {
     const all = Data.runs.flatMap((run) => run.alarms.map((alarm) => ({ run, alarm })));
     all.sort((a, b) => a.alarm.step - b.alarm.step);
-    if (all.length === 0) return el("p", { class: "note" }, "No alarm in any run.");
+    if (all.length === 0) return el("p", { class: "note" }, Data.runs.length > 1 ? "No alarm in any run." : "No alarm.");
     const several = Data.runs.length > 1;
     const heads = ["step", several ? "run" : null, "monitor", "level", "value", "limit", "what was seen"].filter((head) => head);
     const rows = all.map(({ run, alarm }) =>
