@@ -185,4 +185,5 @@ def _mark_alarms(axes: Any, runs: Sequence[Run], colors: _Colors) -> None:
             color = colors.of(run) if colors.several else _WARN if level == "warn" else _STOP
             axes.axvline(step, color=color, linewidth=0.8, linestyle="--" if level == "warn" else "-")
             text = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 6, "color": color}
-            axes.annotate(f"{episode.first.monitor} · {level}", (step, 1), xycoords=("data", "axes fraction"), **text)
+            name = episode.first.monitor if level == "warn" else f"{episode.first.monitor}: {level}"
+            axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), **text)

@@ -26,7 +26,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Episode:
-    """Warnings of one monitor, each no more than ``_APART`` steps after the one before."""
+    """An alarm, or warnings of one monitor that begin again no more than ``_APART`` steps after the one before."""
 
     first: AlarmLine
     last_step: int

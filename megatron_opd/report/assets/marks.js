@@ -3,7 +3,7 @@
 const Marks = (() => {
   const LABEL_ROOM = 13; // CSS pixels between the labels of two alarms
 
-  // Each alarm at its first step, with its name; a bar along the top edge for as long as it went on.
+  // Each alarm where it began, with its name.
   function alarms(u, runs) {
     const { ctx, bbox } = u;
     const ratio = devicePixelRatio;
@@ -18,19 +18,17 @@ const Marks = (() => {
     ctx.textBaseline = "alphabetic";
     for (const { run, alarm } of all) {
       const x = Math.round(u.valToPos(alarm.step, "x", true));
-      const end = u.valToPos(alarm.last_step, "x", true);
-      if (end < bbox.left || x > bbox.left + bbox.width) continue;
+      if (x < bbox.left || x > bbox.left + bbox.width) continue;
       const color = several ? Theme.hue(run.index) : Theme.level(alarm.level);
       ctx.strokeStyle = ctx.fillStyle = color;
       ctx.lineWidth = ratio;
       ctx.setLineDash(alarm.level === "warn" ? [3 * ratio, 3 * ratio] : []);
       line(ctx, x, bbox.top, x, bbox.top + bbox.height);
-      ctx.fillRect(x, bbox.top, Math.max(ratio, end - x), 3 * ratio);
       if (x - labelled >= LABEL_ROOM * ratio) {
         labelled = x;
-        const text = `${alarm.monitor} · ${alarm.level}`;
+        const text = alarm.level === "warn" ? alarm.monitor : `${alarm.monitor}: ${alarm.level}`;
         ctx.save();
-        ctx.translate(x + 9 * ratio, bbox.top + 7 * ratio);
+        ctx.translate(x + 9 * ratio, bbox.top);
         ctx.rotate(Math.PI / 2);
         halo(ctx, text, 0, 4 * ratio);
         ctx.restore();
@@ -84,7 +82,7 @@ const Marks = (() => {
     ctx.save();
     ctx.setLineDash([]);
     ctx.strokeStyle = Theme.get("card");
-    ctx.lineWidth = 3 * devicePixelRatio;
+    ctx.lineWidth = 2 * devicePixelRatio;
     ctx.strokeText(text, x, y);
     ctx.restore();
     ctx.fillText(text, x, y);

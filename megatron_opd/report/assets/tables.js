@@ -46,7 +46,7 @@ const Tables = (() => {
         el("td", {}, el("span", { class: `level ${alarm.level === "warn" ? "warn" : "stop"}` }, alarm.level)),
         el("td", {}, Format.value(alarm.value, "") + (alarm.count > 1 ? ` (up to ${Format.value(alarm.peak, "")})` : "")),
         el("td", {}, Format.value(alarm.threshold, "")),
-        el("td", { class: "text" }, alarm.message, alarm.action && alarm.level !== "warn" ? el("strong", {}, ` → ${alarm.action}`) : null),
+        el("td", { class: "text" }, alarm.message, alarm.count > 1 ? el("span", { class: "place" }, ` (again ${again(alarm)})`) : null, alarm.action && alarm.level !== "warn" ? el("strong", {}, ` → ${alarm.action}`) : null),
       ),
     );
     return el(
@@ -56,8 +56,12 @@ const Tables = (() => {
     );
   }
 
+  function again({ count, last_step: last }) {
+    return count > 2 ? `${Format.plural(count - 1, "time")} until step ${Format.step(last)}` : `at step ${Format.step(last)}`;
+  }
+
   function stepButton(run, alarm, toRollouts) {
-    const text = alarm.count > 1 ? `${Format.step(alarm.step)} to ${Format.step(alarm.last_step)}` : Format.step(alarm.step);
+    const text = Format.step(alarm.step);
     if (run.sampled_steps.length === 0) return text;
     return el("button", { type: "button", class: "link", title: "rollouts recorded near it", onclick: () => toRollouts(alarm.step) }, text);
   }

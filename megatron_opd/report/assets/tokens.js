@@ -56,7 +56,7 @@ const Tokens = (() => {
     hint.replaceChildren(
       Dom.el("code", {}, JSON.stringify(sample.pieces[i])),
       Dom.el("span", { class: "place" }, ` token ${i + 1} of ${sample.pieces.length}${sample.repeated[i] === "1" ? ", repeated" : ""}`),
-      Dom.el("table", {}, rows.map(([name, value]) => Dom.el("tr", {}, Dom.el("th", {}, name), Dom.el("td", {}, value === null ? "–" : `${value.toFixed(3)} nats`)))),
+      Dom.el("table", {}, rows.map(([name, value]) => Dom.el("tr", {}, Dom.el("th", {}, name), Dom.el("td", {}, value === null ? "–" : `${(value || 0).toFixed(4)} nats`)))),
     );
     if (!hint.isConnected) document.body.append(hint);
     hint.hidden = false;
