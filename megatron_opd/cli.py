@@ -1,4 +1,6 @@
-"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``"""
+"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
+``megatron-opd report RUN [RUN ...]``
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
     try:
+        if options.command == "report":
+            return _report(options)
         config = load_config(options.config, options.overrides)
         if options.command == "check" and (options.gpus or options.memory or options.reserve):
             return _check_memory(options)
@@ -40,9 +44,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     unknown = [each for each in others if each.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += others
+    if unknown or (others and options.command == "report"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
+    if options.command != "report":
+        options.overrides += others
     return options
 
 
@@ -63,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--memory", metavar="80GB", help="of one GPU: say whether the run fits, and what to change")
             command.add_argument("--reserve", metavar="5GB", help="of it, for CUDA context, NCCL and fragmentation")
+    report = commands.add_parser("report", help="one HTML page of a run, or of several side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its run.dir)")
+    report.add_argument("--out", metavar="FILE.html", help="default: report.html in the run's folder; of several runs, here")
+    report.add_argument("--png", metavar="DIR", help="write each figure as a PNG file there as well")
+    report.add_argument("--samples", metavar="N", type=int, help="responses of each run to put in, at most")
     return parser
 
 
@@ -124,6 +134,13 @@ def _check_memory(options: argparse.Namespace) -> int:
 
     fits = check_memory(options.config, options.overrides, options.gpus, options.memory, options.reserve)
     return 0 if fits else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_opd.report import write_report
+
+    print("\n".join(write_report(options.runs, options.out, options.png, options.samples)))
+    return 0
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -12,6 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_opd import cli
+from megatron_opd.report.panels import PANELS
+from megatron_opd.report.runs import read_runs
+from megatron_opd.report.samples import read_samples
 from tests import runs
 from tests.tiny_models import make_model
 
@@ -40,6 +44,23 @@ def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tupl
         assert set(record) >= FIXED_NAMES
         assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats: engine and trainer hold the same weights at every step
     assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 3, 6]
+
+
+def test_a_report_of_the_run_reads_everything_that_it_wrote(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = uninterrupted
+    (run,) = read_runs([folder / "run"])
+    assert run.notes == ()
+    drawn = {curve.name for panel in PANELS for curve in panel.curves}
+    aside = {"packing/padding", "policy_version", "time/step", "eval/teacher_accuracy"}  # in the page under other metrics
+    assert {name for name in run.curves.columns if name not in drawn} <= aside
+    assert sum(run.curves.histograms[1] or []) == 8  # the student's rollouts of a step
+    (samples,) = read_samples([run], None)
+    assert list(samples.by_step) == [1, 6]
+    for sample in samples.by_step[6]:
+        assert len(sample.repeated) == len(sample.pieces) > 0
+        assert sample.source != "student" or len(sample.advantages) == len(sample.pieces)
+    assert cli.main(["report", str(folder / "run")]) == 0
+    assert (folder / "run" / "report.html").is_file()
 
 
 def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
