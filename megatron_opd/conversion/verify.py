@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import HF_FILES
-from megatron_opd.conversion.target import MANIFEST, file_check, manifest
+from megatron_opd.conversion.digests import MANIFEST, file_check, manifest
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, entry_bytes, same
 from megatron_opd.conversion.workers import Report, StartReport, Task, share
 from megatron_opd.hf_folder import INDEX, TEXTS, HFFolder
@@ -37,7 +37,7 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
     sizes = [entry_bytes(left, entry) for entry in common]
     tasks: list[Task[list[str]]] = [file_check(*file) for file in files]
     tasks += [_tensor_check(left, right, [common[n] for n in part]) for part in consecutive(sizes, _SHARED)]
-    report = start(sum(size for *_, (size, _) in files) + sum(sizes))
+    report = start(sum(expected.nbytes for *_, expected in files) + sum(sizes))
     with closing(share(tasks, processes, report)) as done:
         found = dict(done)
     lines = _config_differences(mine, theirs) if mine != theirs else ()
