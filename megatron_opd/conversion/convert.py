@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.digests import source_checks
 from megatron_opd.conversion.safetensors_file import content, file_names, header, write_index
-from megatron_opd.conversion.target import OutputFile, copy_all_but_weights, identity_of, new_folder
+from megatron_opd.conversion.target import OutputFile, check_links, copy_all_but_weights, identity_of, new_folder
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, entry_bytes
 from megatron_opd.conversion.workers import Report, StartReport
 from megatron_opd.hf_folder import HFFolder
@@ -60,8 +60,9 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
         dtype: of the result, but for buffers; None: as the source has it.
     """
     folder = HFFolder(source)
+    check_links(source)
     read = _Source([source])
-    weights = HFWeights(folder, model_spec(folder, parallel, "source"))
+    weights = HFWeights(folder, model_spec(folder, parallel, "source", axes="--"))
     checks = [] if work.trusting else source_checks([source])
     if weights.repeats_head:
         work.say(f"{source}: {LM_HEAD.hf[0]} repeats the embedding that it is tied to, and is left out")
@@ -103,6 +104,7 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
         dtype: of the result, but for buffers, also in its config.json; None: as the source has it.
     """
     files = config_folder(source, config)
+    check_links(files.path)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
     read = _Source([weights.path, files.path])
     checks = [] if work.trusting else source_checks([source, weights.path])

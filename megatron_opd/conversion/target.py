@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -122,9 +122,9 @@ def _begins(sizes: Sequence[int]) -> list[float]:
 def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callable[[str], None]) -> Iterator[Partial]:
     """Give a folder to fill, and show it as ``target`` when the block ends well.
 
-    Where the block raises OpdError or OSError nothing is left. After a kill, an interrupt or Interrupted, finished files are
-    kept for the next call with the same ``identity``. It compares their sizes; their content was digested on its way to the
-    disk, and ``verify`` reads it again.
+    Where the block raises OpdError or OSError nothing is left, nor parents that this call has made. After a kill, an interrupt
+    or Interrupted, finished files are kept for the next call with the same ``identity``. It compares their sizes; their content
+    was digested on its way to the disk, and ``verify`` reads it again.
 
     Args:
         needed: bytes that will be written.
@@ -139,6 +139,7 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
         raise OpdError(f"{target}: is a mount point, in whose place no folder can be put; give a folder in it")
     path = target.resolve()
     partial = path.with_name(f".{path.name}.partial")
+    parents = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     with ExitStack() as stack:
         try:
             result = _resumed(partial, target, identity, say, stack)
@@ -147,6 +148,7 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
             )
             result = result or _begun(partial, identity, stack)
         except OSError as error:
+            _remove_empty(parents)
             raise OpdError(f"{target}: cannot be written ({root_cause(error)}); give another target") from error
         try:
             yield result
@@ -158,12 +160,23 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
         except OSError as error:
             if isinstance(portable(error), Interrupted):
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial, parents)
             raise OpdError(f"{target}: cannot be written ({root_cause(error)}); nothing is left of it") from error
         except OpdError:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial, parents)
             raise
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(partial: Path, parents: Sequence[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    _remove_empty(parents)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not there, or of use to somebody by now
+            folder.rmdir()
 
 
 def _resumed(
@@ -255,6 +268,13 @@ def identity_of(folder: Path) -> dict[str, list[int]]:
     """Size and time of the last change (ns) of each file: whether they are still those that were read."""
     files = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
     return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}
+
+
+def check_links(folder: Path) -> None:
+    """Raises OpdError for a link to nothing, as half a download leaves it: :func:`copy_all_but_weights` would leave it out."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists():
+            raise OpdError(f"{file}: a link to {os.readlink(file)}, which is not there; download it again, or delete the link")
 
 
 def copy_all_but_weights(source: Path, target: Path) -> None:

@@ -74,6 +74,8 @@ def is_hf(path: Path) -> bool:
 def config_for(one: Path, other: Path, config: Path | None) -> tuple[Path, Path]:
     """The folder of the config.json that each of the two goes by: its own, ``config`` or the other's. Raises OpdError."""
     mine, theirs = _config_of(one), _config_of(other)
+    if config is not None and mine is not None and theirs is not None:
+        raise OpdError(f"--hf: {config}, but {one} and {other} bring a config.json each; remove it")
     fallback = config or mine or theirs
     if fallback is None:
         raise OpdError(f"{one}: no config.json here or in {other}; name the Hugging Face folder of this model with --hf")

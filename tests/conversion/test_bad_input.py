@@ -179,7 +179,7 @@ def test_checkpoint_with_a_fault_is_refused(good: Path, tmp_path: Path, capsys: 
     ("arguments", "words"),
     [
         (["--tp", 3], ("num_attention_heads=4", "tp=3", "choose")),
-        (["--ep", 2], ("ep: 2", "no experts", "set ep=1")),
+        (["--ep", 2], ("convert: --ep: 2", "no experts", "set ep=1")),
         (["--pp", 0], ("--pp: 0",)),
         (["--shard-gb", 0], ("--shard-gb: 0",)),
     ],
@@ -233,7 +233,7 @@ def test_write_that_fails_midway_leaves_nothing(
 ) -> None:
     source = good / ("model" if command == "to-megatron" else "megatron")
     with largest_file(50_000):
-        line = refusal(capsys, command, source, tmp_path / "out")
+        line = refusal(capsys, command, source, tmp_path / "new" / "parents" / "out")
     assert "out: cannot be written (File too large" in line
     assert not list(tmp_path.iterdir())
 
@@ -304,6 +304,25 @@ def test_numbers_too_large_for_the_dtype_are_refused(good: Path, tmp_path: Path,
     edit_weights(tmp_path / "model", model__norm__weight=torch.full((32,), 1e6))
     line = refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out", "--dtype", "float16")
     assert "decoder.final_layernorm.weight" in line and "too large for float16" in line
+
+
+@pytest.mark.parametrize("command", ["to-megatron", "to-hf"])
+def test_tokenizer_whose_link_leads_nowhere_is_named(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(good / ("model" if command == "to-megatron" else "megatron"), source)
+    link = (source if command == "to-megatron" else source / "hf") / "tokenizer.model"
+    link.symlink_to("../blobs/4f5a")
+    line = refusal(capsys, command, source, tmp_path / "out")
+    assert f"{link}: a link to ../blobs/4f5a, which is not there; download" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_config_for_verify_where_both_bring_one_is_refused(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert convert("verify", good / "model", good / "megatron", "--hf", good / "shards") == 2
+    assert f"convert: --hf: {good / 'shards'}, but" in capsys.readouterr().err
 
 
 def test_config_of_quantised_weights_is_refused(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
