@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,22 @@ class HFFolder:
                     f"config.json asks for {list(shape)}; use the config.json that belongs to these weights"
                 )
 
-    def tensor(self, name: str, index: int | None = None) -> Tensor:
-        """The whole of it, or what has ``index`` in its first axis, of which no more is read."""
+    def tensor(self, name: str, index: int | None = None, into: Tensor | None = None) -> Tensor:
+        """The whole of it, or what has ``index`` in its first axis, of which no more is read.
+
+        Args:
+            into: uint8 of as many bytes, where it is to lie.
+        """
         shard = self._holder(name)
-        return shard.tensor(name) if index is None else shard.rows(name, index, index + 1)[0]
+        return shard.tensor(name, into) if index is None else shard.rows(name, index, index + 1, into)[0]
+
+    def tensors(self, names: Sequence[str], index: int | None = None) -> list[Tensor]:
+        """What :meth:`tensor` gives of each, one behind the other in memory where they have one dtype."""
+        if len({self.headers[name][1] for name in names}) != 1:
+            return [self.tensor(name, index) for name in names]
+        sizes = [self._holder(name).nbytes(name) // (1 if index is None else self.shapes[name][0]) for name in names]
+        parts = torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)
+        return [self.tensor(name, index, part) for name, part in zip(names, parts, strict=True)]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a matrix; rows beyond its end are zero. [stop - start, columns]"""
