@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from megatron_opd.config import Config, ParallelConfig, RolloutConfig, TeacherConfig, teacher_key
+from megatron_opd.config import HELDOUT, Config, ParallelConfig, RolloutConfig, TeacherConfig, teacher_key
 from megatron_opd.types import SCORED_KINDS, OpdError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -42,6 +42,7 @@ def check_combinations(config: Config) -> None:
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
+    _check_evaluation(config)
     _check_attached(config)
     _check_router(config.rollout)
     if config.rollout.sglang and config.rollout.backend != "sglang" and not config.served_teachers:
@@ -104,6 +105,17 @@ def _check_loss(config: Config) -> None:
         raise OpdError(f"loss.extrapolation: {loss.extrapolation}, but reference is null; set extrapolation=1 or a reference")
     if loss.ratio_bounds is not None and not 0 <= loss.ratio_bounds[0] < 1 < loss.ratio_bounds[1]:
         raise OpdError(f"loss.ratio_bounds: {loss.ratio_bounds}, but on-policy tokens have ratio 1; give low < 1 < high")
+
+
+def _check_evaluation(config: Config) -> None:
+    if config.eval is None:
+        return
+    if config.eval.prompts is None and not config.eval.tasks:
+        raise OpdError("eval: neither prompts nor tasks; name a file of held-out prompts, or remove the section")
+    names = [task.name for task in config.eval.tasks]
+    for name in names:
+        if names.count(name) > 1 or name == HELDOUT:
+            raise OpdError(f"eval.tasks: the name {name!r} is taken{' by eval.prompts' * (name == HELDOUT)}; give each its own")
 
 
 def _check_layout(section: str, parallel: ParallelConfig) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_opd.config import Config, ParallelConfig, TeacherConfig, teacher_key
+from megatron_opd.config import HELDOUT, Config, EvalConfig, ParallelConfig, TeacherConfig, teacher_key
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
+from megatron_opd.evaluation.tasks import Task, load_tasks
 from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
@@ -29,7 +30,7 @@ from megatron_opd.rollout.embedded import check_attention
 from megatron_opd.sglang.client import read_key
 from megatron_opd.sglang.router import ids_to_exclude
 from megatron_opd.sglang.server import check_arguments
-from megatron_opd.types import OpdError, Prompt, Tokenizer
+from megatron_opd.types import OpdError, Prompt, SamplingParams, Tokenizer
 
 # Positions of a context that SGLang gives to no prompt; in a request to score, the response is part of the prompt.
 _KEPT_BY_SGLANG = 7
@@ -55,8 +56,10 @@ class Inputs:
     stop_class: tuple[int, ...]  # the end tokens of student and teachers
     megatron_checkpoints: dict[str, Path]  # by section: weights that Megatron-LM saved, in place of the folder's
     prompts: list[Prompt]
-    heldout: list[Prompt]
+    tasks: list[Task]  # to evaluate
     loss_vocab_size: int  # ids that student, teacher and reference share
+    max_positions: int  # of the shortest context among them
+    own_stop_id: int  # ends gold responses
     dp_size: int
     resume: Path | None
     resume_step: int
@@ -118,6 +121,15 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
 
 def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     """Check the whole run. Raises OpdError."""
+    inputs = prepare_models(config, platform, world_size)
+    prompts = _prompts(config, inputs)
+    _check_heldout(prompts, inputs.tasks)
+    resume, resume_step = _resume(config, inputs.student_spec)
+    return replace(inputs, prompts=prompts, resume=resume, resume_step=resume_step)
+
+
+def prepare_models(config: Config, platform: Platform, world_size: int) -> Inputs:
+    """Check models, tokenizers, engines and what is evaluated: all but the prompts to train on and run.dir. Raises OpdError."""
     models = check_models(config, platform, world_size)
     student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
     found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
@@ -162,8 +174,16 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     if largest_id >= vocab_size:
         raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
 
-    prompts, heldout = _prompts(config, tokenizer, own_stops[0], models.max_positions)
-    resume, resume_step = _resume(config, models.student_spec)
+    tasks: list[Task] = []
+    if config.eval is not None:
+        tasks = load_tasks(
+            config.eval,
+            tokenizer,
+            stop_id=own_stops[0],
+            positions=models.max_positions,
+            max_new_tokens=config.rollout.sampling.max_new_tokens,
+            teachers=tuple(config.all_teachers) or ("",),
+        )
     return Inputs(
         student=student,
         teachers=teachers,
@@ -175,13 +195,20 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         teacher_stop_ids=teacher_stops,
         stop_class=stop_class,
         megatron_checkpoints=found,
-        prompts=prompts,
-        heldout=heldout,
+        prompts=[],
+        tasks=tasks,
         loss_vocab_size=vocab_size,
+        max_positions=models.max_positions,
+        own_stop_id=own_stops[0],
         dp_size=data_parallel_size(config.student.parallel, world_size),
-        resume=resume,
-        resume_step=resume_step,
+        resume=None,
+        resume_step=0,
     )
+
+
+def eval_sampling(config: EvalConfig, inputs: Inputs, task: Task) -> SamplingParams:
+    """Of the student's responses, and of a teacher's but for the end tokens."""
+    return SamplingParams(config.temperature, config.top_p, task.max_new_tokens, inputs.stop_ids, inputs.loss_vocab_size)
 
 
 def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int) -> str:
@@ -209,7 +236,7 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         "engine": _engine(config),
         "end tokens": f"{list(inputs.stop_class)}, "
         + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
-        "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
+        "data": f"{len(inputs.prompts)} prompts" + "".join(f", {len(task.prompts)} of {task.name}" for task in inputs.tasks),
         "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
         "objective": f"{objective.opd} x {objective.student_weight}, reference KL x {objective.reference_kl}, "
         f"gold x {objective.gold_weight}, aggregation {config.loss.aggregation}",
@@ -293,9 +320,9 @@ def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFold
     return teachers, reference
 
 
-def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts; every sequence that can arise fits the context and a micro-batch."""
-    context = min(positions, config.data.max_context or positions)
+def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
+    """To train on; every sequence that can arise fits the context and a micro-batch."""
+    context = min(inputs.max_positions, config.data.max_context or inputs.max_positions)
     new_tokens = config.rollout.sampling.max_new_tokens if config.mixture.student or config.mixture.teacher else 1
     if new_tokens >= context:
         raise OpdError(
@@ -303,8 +330,8 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         )
     prompts = load_prompts(
         config.data.prompts,
-        tokenizer,
-        stop_id=stop_id,
+        inputs.tokenizer,
+        stop_id=inputs.own_stop_id,
         max_prompt_tokens=context - new_tokens,
         require_solutions=config.mixture.gold > 0,
         max_sequence_tokens=context if config.mixture.gold else None,
@@ -322,32 +349,15 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         raise OpdError(
             f"data.prompts_per_step: {config.data.prompts_per_step}, but {config.data.prompts} has {len(prompts)} prompts"
         )
-    if config.eval is None:
-        return prompts, []
-    eval_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
-    heldout = load_prompts(
-        config.eval.prompts,
-        tokenizer,
-        stop_id=stop_id,
-        max_prompt_tokens=positions - eval_tokens,
-        require_solutions=False,
-        limit=config.eval.limit,
-        teachers=tuple(config.all_teachers) or ("",),
-    )
-    _check_heldout(config, prompts, heldout)
-    return prompts, heldout
+    return prompts
 
 
-def _check_heldout(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    assert config.eval is not None
+def _check_heldout(prompts: Sequence[Prompt], tasks: Sequence[Task]) -> None:
     seen = {prompt.token_ids for prompt in prompts}
-    trained_on = sum(prompt.token_ids in seen for prompt in heldout)
-    if trained_on:
-        raise OpdError(
-            f"eval.prompts: {trained_on} prompts of {config.eval.prompts} are trained on as well; remove them from one file"
-        )
-    if any(prompt.answer is None for prompt in heldout):
-        raise OpdError(f"eval.prompts: {config.eval.prompts} has prompts without 'answer'; add it, or remove the eval section")
+    for task in tasks:
+        if trained_on := sum(prompt.token_ids in seen for prompt in task.prompts):
+            key = "eval.prompts" if task.name == HELDOUT else f"eval.tasks ({task.name})"
+            raise OpdError(f"{key}: {trained_on} prompts of {task.path} are trained on as well; remove them from one file")
 
 
 def _sequence_length(prompt: Prompt, new_tokens: int, *, gold: bool) -> int:

@@ -54,7 +54,8 @@ class Reporter:
             self._write(state.step, record)
             known = {"before": "student", "teacher": "teacher"}
             figures = [f"{known[name]} {value:.1%}" for name, value in state.evaluations.items() if name in known]
-            self.console.message(f"held-out accuracy before training: {', '.join(figures)}")
+            if figures:
+                self.console.message(f"held-out accuracy before training: {', '.join(figures)}")
 
     def step(
         self, state: TrainState, stats: StepStats, record: Record, rollouts: Sequence[Rollout], alarms: Sequence[Alarm]

@@ -117,7 +117,7 @@ def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop
         text = _string(where, record, "prompt")
         token_ids = tokenizer.encode(text)
     else:
-        text = _render(where, record["messages"], tokenizer)
+        text = render(where, record["messages"], tokenizer)
         token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
     if not token_ids:
         raise OpdError(f"{where}: the prompt has no tokens; a response needs at least one token to follow")
@@ -166,7 +166,7 @@ def _string(where: str, record: dict[str, Any], key: str) -> str:
     return value
 
 
-def _render(where: str, messages: Any, tokenizer: Tokenizer) -> str:
+def render(where: str, messages: Any, tokenizer: Tokenizer) -> str:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise OpdError(f"{where}: 'messages' must be a non-empty list of objects with role and content")
     conversation = [{key: _string(where, message, key) for key in ("role", "content")} for message in messages]

@@ -44,9 +44,16 @@ def compare(
 
 
 def _near(expected: Any, given: Any, tolerance: float) -> bool:
-    with suppress(AttributeError, TypeError, ValueError):  # not two numbers
-        return abs(float(expected.evalf()) - float(given.evalf())) <= tolerance
+    """Numbers, or sets of equally many, taken in their order."""
+    with suppress(AttributeError, TypeError, ValueError):  # something else
+        pairs = zip(_numbers(expected), _numbers(given), strict=True)
+        return all(abs(one - other) <= tolerance for one, other in pairs)
     return False
+
+
+def _numbers(form: Any) -> list[float]:
+    parts = form.args if type(form).__name__ == "FiniteSet" else [form]
+    return sorted(float(part.evalf()) for part in parts)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ _LEADING_NUMBER = re.compile(rf"\\?\$?({_NUMBER})\$?(?=[.,;!?%]?(?:\s[A-Za-z]{{2
 _SENTENCE_END = re.compile(r"[.;!?]\s")
 _BRACES = re.compile(r"\\boxed\{|[{}]")
 _FRACTION = re.compile(r"([-+]?)\\frac\{([0-9]+)\}\{([0-9]+)\}")
-_POWER_OF_TEN = re.compile(r"(?<=[0-9])(?:e|E|\s?(?:\\times|\\cdot)\s?10\^)\{?([-+]?[0-9]{1,3})\}?$")  # 4.5e33; 4.5 \times 10^{33}
+# 4.5e33; 4.5 \times 10^{33}
+_POWER_OF_TEN = re.compile(r"(?<=[0-9])(?:e|E|\s?(?:\\times|\\cdot)\s?10\^)\{?([-+]?[0-9]{1,3})\}?$")
 _LOOKS_LIKE_MATHS = re.compile(r"[0-9\\^*/+=<>()]")
 _LONGEST_MATHS = 200  # characters; longer "answers" are runaway text, costly to parse
 
@@ -38,7 +39,7 @@ def extract_answer(text: str) -> str | None:
     In this order: the last complete ``\boxed{...}``; the line after the last ``####``; what follows the last "answer is",
     "answer:" or "answer =" (its number where it starts with one, else up to the end of the sentence); the last number.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed
     _, mark, rest = text.rpartition("####")
@@ -100,7 +101,7 @@ def canonical(stated: str) -> str:
     return normal if number is None else str(number)
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     last = None
     opened: list[int | None] = []  # for each open brace the start of the box that it opens, None where it opens none
     for brace in _BRACES.finditer(text):
