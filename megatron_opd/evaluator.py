@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_opd.config import Config, MixtureConfig
 from megatron_opd.engines import build_engines
 from megatron_opd.evaluation.evaluate import requests, verify
-from megatron_opd.evaluation.results import Result, ResultFile, keep_settings
+from megatron_opd.evaluation.results import Result, ResultFile, has_results, keep_settings
 from megatron_opd.evaluation.summary import as_json, compare, print_summary, summarise
 from megatron_opd.evaluation.tasks import Task
 from megatron_opd.mcore.checkpoint_files import LATEST
@@ -72,9 +72,7 @@ def plan(config: Config, *, model: str | None, out: str | None, samples: int | N
 def check(evaluation: Evaluation, platform: Platform, world_size: int) -> Inputs:
     """Everything that can be wrong before a model is built. Raises OpdError."""
     inputs = prepare_models(evaluation.config, platform, world_size)
-    if evaluation.against is not None and not any(
-        (evaluation.against / f"{task.name}.jsonl").exists() for task in inputs.tasks
-    ):
+    if evaluation.against is not None and not any(has_results(evaluation.against, task.name) for task in inputs.tasks):
         names = ", ".join(task.name for task in inputs.tasks)
         raise OpdError(f"--against: {evaluation.against} has no results of {names}; give the --out of an evaluation of them")
     try:
@@ -91,29 +89,33 @@ def evaluate_model(evaluation: Evaluation, platform: Platform) -> bool:
     """
     init_process_group(platform)
     try:
-        inputs = check(evaluation, platform, dist.get_world_size())
-        first = dist.get_rank() == 0
-        if first:
-            keep_settings(evaluation.out, *_settings(evaluation.config, inputs))
-        with ExitStack() as stack:
-            files = {task.name: stack.enter_context(ResultFile(evaluation.out, task.name)) for task in inputs.tasks if first}
-            done = [{name: [(each.uid, each.sample) for each in file.results] for name, file in files.items()}]
-            dist.broadcast_object_list(done)
-            pending = {
-                task.name: [each for each in requests(task, evaluation.config.run.seed) if _key(each) not in known]
-                for task in inputs.tasks
-                for known in [set(done[0][task.name])]
-            }
-            if any(pending.values()):
-                with _writer(evaluation.config, inputs, platform) as (engine, trainer):
-                    for task in inputs.tasks:
-                        _answer(evaluation.config, inputs, task, pending[task.name], engine, trainer, files.get(task.name))
-            if first:
-                _report(evaluation, inputs, {name: file.results for name, file in files.items()})
+        run_evaluation(evaluation, platform)
         dist.barrier()
         return True
     finally:
         dist.destroy_process_group()
+
+
+def run_evaluation(evaluation: Evaluation, platform: Platform) -> None:
+    """Collective over the world. Raises as :func:`evaluate_model` does."""
+    config, inputs = evaluation.config, check(evaluation, platform, dist.get_world_size())
+    first = dist.get_rank() == 0
+    if first:
+        keep_settings(evaluation.out, *_settings(config, inputs))
+    with ExitStack() as stack:
+        files = {task.name: stack.enter_context(ResultFile(evaluation.out, task.name)) for task in inputs.tasks if first}
+        done = [{name: {(each.uid, each.sample) for each in file.results} for name, file in files.items()}]
+        dist.broadcast_object_list(done)
+        pending = {
+            task.name: [each for each in requests(task, config.run.seed) if _key(each) not in done[0][task.name]]
+            for task in inputs.tasks
+        }
+        if any(pending.values()):
+            with _writer(config, inputs, platform) as (engine, trainer):
+                for task in inputs.tasks:
+                    _answer(config, inputs, task, pending[task.name], engine, trainer, files.get(task.name))
+        if first:
+            _report(evaluation, inputs, {name: file.results for name, file in files.items()})
 
 
 def _answer(
@@ -180,9 +182,8 @@ def _report(evaluation: Evaluation, inputs: Inputs, results: dict[str, list[Resu
         wanted = {_key(each) for each in requests(task, config.run.seed)}
         own = [result for result in results[task.name] if (result.uid, result.sample) in wanted]
         summaries[task.name] = summarise(own, task.samples, config.monitors, config.run.seed)
-        other = None if evaluation.against is None else evaluation.against / f"{task.name}.jsonl"
-        if other is not None and other.exists():
-            difference = compare(own, other, config.run.seed)
+        if evaluation.against is not None and has_results(evaluation.against, task.name):
+            difference = compare(own, evaluation.against / f"{task.name}.jsonl", config.run.seed)
             if difference is not None:
                 differences[task.name] = difference
     against = None if evaluation.against is None else str(evaluation.against)

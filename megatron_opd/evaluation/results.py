@@ -101,14 +101,22 @@ def read_results(path: Path) -> list[Result]:
     return results
 
 
+def has_results(folder: Path, task: str) -> bool:
+    return (folder / SETTINGS).is_file() and (folder / f"{task}.jsonl").is_file()
+
+
 def keep_settings(folder: Path, settings: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> None:
     """Write down what the results in ``folder`` depend on; other tasks' stay.
 
-    Raises OpdError where results of other settings are there already.
+    Raises OpdError where results of other settings are there already, or files that are no results.
     """
     file = folder / SETTINGS
     known: dict[str, Any] = {"tasks": {}}
-    if file.exists():
+    if not file.exists():
+        for name in tasks:
+            if (folder / f"{name}.jsonl").exists():  # a benchmark perhaps, which must not be written over
+                raise OpdError(f"--out: {folder / name}.jsonl is there, but no {SETTINGS} beside it; choose another folder")
+    else:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
             _compare(folder, known, settings, "")
