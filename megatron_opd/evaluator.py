@@ -14,17 +14,19 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_opd.config import Config, MixtureConfig
+from megatron_opd.data.tokenizers import differing_ids, load_tokenizer, stop_ids
 from megatron_opd.engines import build_engines
 from megatron_opd.evaluation.evaluate import requests, verify
-from megatron_opd.evaluation.results import Result, ResultFile, has_results, keep_settings
+from megatron_opd.evaluation.results import Result, ResultFile, check_settings, has_results, keep_settings
 from megatron_opd.evaluation.summary import as_json, compare, print_summary, summarise
 from megatron_opd.evaluation.tasks import Task
+from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.mcore.checkpoint_files import LATEST
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.monitoring.repetition import repeated_ngram_share
-from megatron_opd.preflight import Inputs, eval_sampling, prepare_models
+from megatron_opd.preflight import Inputs, eval_sampling, prepare_models, prepare_tasks
 from megatron_opd.rollout.versions import check_versions
 from megatron_opd.servers import start_servers
 from megatron_opd.setup import build_trainer
@@ -71,7 +73,9 @@ def plan(config: Config, *, model: str | None, out: str | None, samples: int | N
 
 def check(evaluation: Evaluation, platform: Platform, world_size: int) -> Inputs:
     """Everything that can be wrong before a model is built. Raises OpdError."""
-    inputs = prepare_models(evaluation.config, platform, world_size)
+    config = evaluation.config
+    inputs = _as_in_training(config, prepare_models(_alone(config), platform, world_size))
+    inputs = replace(inputs, tasks=prepare_tasks(config, inputs))
     if evaluation.against is not None and not any(has_results(evaluation.against, task.name) for task in inputs.tasks):
         names = ", ".join(task.name for task in inputs.tasks)
         raise OpdError(f"--against: {evaluation.against} has no results of {names}; give the --out of an evaluation of them")
@@ -79,6 +83,7 @@ def check(evaluation: Evaluation, platform: Platform, world_size: int) -> Inputs
         evaluation.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OpdError(f"--out: {evaluation.out} cannot be written ({error.strerror}); choose another folder") from error
+    check_settings(evaluation.out, *_settings(config, inputs))
     return inputs
 
 
@@ -99,23 +104,38 @@ def evaluate_model(evaluation: Evaluation, platform: Platform) -> bool:
 def run_evaluation(evaluation: Evaluation, platform: Platform) -> None:
     """Collective over the world. Raises as :func:`evaluate_model` does."""
     config, inputs = evaluation.config, check(evaluation, platform, dist.get_world_size())
-    first = dist.get_rank() == 0
-    if first:
-        keep_settings(evaluation.out, *_settings(config, inputs))
+    dist.barrier()  # the first rank changes what the others have just looked at
     with ExitStack() as stack:
-        files = {task.name: stack.enter_context(ResultFile(evaluation.out, task.name)) for task in inputs.tasks if first}
-        done = [{name: {(each.uid, each.sample) for each in file.results} for name, file in files.items()}]
-        dist.broadcast_object_list(done)
+        files, done = _open_on_first_rank(evaluation, inputs, stack)
         pending = {
-            task.name: [each for each in requests(task, config.run.seed) if _key(each) not in done[0][task.name]]
+            task.name: [each for each in requests(task, config.run.seed) if _key(each) not in done[task.name]]
             for task in inputs.tasks
         }
         if any(pending.values()):
             with _writer(config, inputs, platform) as (engine, trainer):
                 for task in inputs.tasks:
                     _answer(config, inputs, task, pending[task.name], engine, trainer, files.get(task.name))
-        if first:
+        if files:
             _report(evaluation, inputs, {name: file.results for name, file in files.items()})
+
+
+def _open_on_first_rank(
+    evaluation: Evaluation, inputs: Inputs, stack: ExitStack
+) -> tuple[dict[str, ResultFile], dict[str, set[tuple[str, int]]]]:
+    """The files of the tasks, on the first rank; on all ranks which responses are there. Raises OpdError on all of them."""
+    files: dict[str, ResultFile] = {}
+    found: list[dict[str, set[tuple[str, int]]] | OpdError] = [{}]
+    if dist.get_rank() == 0:
+        try:
+            keep_settings(evaluation.out, check_settings(evaluation.out, *_settings(evaluation.config, inputs)))
+            files = {task.name: stack.enter_context(ResultFile(evaluation.out, task.name)) for task in inputs.tasks}
+            found = [{name: {(each.uid, each.sample) for each in file.results} for name, file in files.items()}]
+        except OpdError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], OpdError):
+        raise found[0]
+    return files, found[0]
 
 
 def _answer(
@@ -149,18 +169,10 @@ def _answer(
 @contextmanager
 def _writer(config: Config, inputs: Inputs, platform: Platform) -> Iterator[tuple[RolloutEngine, Trainer]]:
     """The engine with the model's weights, by the way that they take in training; no teacher, no reference."""
-    assert config.eval is not None
     # Servers size their contexts by it.
     longest = max(task.max_new_tokens for task in inputs.tasks)
     sampling = config.rollout.sampling.model_copy(update={"max_new_tokens": longest})
-    alone = config.model_copy(
-        update={
-            "mixture": MixtureConfig(student=0, teacher=0, gold=1),
-            "reference": None,
-            "eval": config.eval.model_copy(update={"teacher": False}),
-            "rollout": config.rollout.model_copy(update={"sampling": sampling, "lag": 0}),
-        }
-    )
+    alone = _alone(config.model_copy(update={"rollout": config.rollout.model_copy(update={"sampling": sampling})}))
     # The probe of an engine scores prompts.
     inputs = replace(inputs, prompts=[prompt for task in inputs.tasks for prompt in task.prompts])
     layout = init_layout(config.student.parallel, config.run.seed)
@@ -174,6 +186,35 @@ def _writer(config: Config, inputs: Inputs, platform: Platform) -> Iterator[tupl
         stack.callback(engines.weight_sync.leave)
         engines.weight_sync.push(0)
         yield engines.student, trainer
+
+
+def _alone(config: Config) -> Config:
+    """The same without teachers and reference, as of a run that only trains on gold."""
+    assert config.eval is not None
+    return config.model_copy(
+        update={
+            "mixture": MixtureConfig(student=0, teacher=0, gold=1),
+            "reference": None,
+            "loss": config.loss.model_copy(update={"off_policy": "cross_entropy"}),
+            "eval": config.eval.model_copy(update={"teacher": False}),
+            "rollout": config.rollout.model_copy(update={"lag": 0}),
+        }
+    )
+
+
+def _as_in_training(config: Config, inputs: Inputs) -> Inputs:
+    """With the end tokens and the ids that a response has in training, where the teachers have a say.
+
+    A teacher of another tokenizer, as of a model that was not trained by this config, has none. Raises OpdError.
+    """
+    stops, vocab_size = set(inputs.stop_ids), inputs.loss_vocab_size
+    for teacher in config.all_teachers.values() if config.uses_teachers else ():
+        folder = HFFolder(resolve_model(teacher.model))
+        if not differing_ids(inputs.tokenizer, load_tokenizer(folder.path)):
+            vocab_size = min(vocab_size, int(folder.config.vocab_size))
+            if config.objective.merge_stop_class:
+                stops.update(stop_ids(folder.path, inputs.tokenizer))
+    return replace(inputs, stop_ids=tuple(sorted(stops)), loss_vocab_size=vocab_size)
 
 
 def _report(evaluation: Evaluation, inputs: Inputs, results: dict[str, list[Result]]) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,14 +121,29 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
 def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     """Check the whole run. Raises OpdError."""
     inputs = prepare_models(config, platform, world_size)
-    prompts = _prompts(config, inputs)
-    _check_heldout(prompts, inputs.tasks)
+    inputs = replace(inputs, prompts=_prompts(config, inputs))
+    inputs = replace(inputs, tasks=prepare_tasks(config, inputs))
+    _check_heldout(inputs)
     resume, resume_step = _resume(config, inputs.student_spec)
-    return replace(inputs, prompts=prompts, resume=resume, resume_step=resume_step)
+    return replace(inputs, resume=resume, resume_step=resume_step)
+
+
+def prepare_tasks(config: Config, inputs: Inputs) -> list[Task]:
+    """What is evaluated. Raises OpdError."""
+    if config.eval is None:
+        return []
+    return load_tasks(
+        config.eval,
+        inputs.tokenizer,
+        stop_id=inputs.own_stop_id,
+        positions=inputs.max_positions,
+        max_new_tokens=config.rollout.sampling.max_new_tokens,
+        teachers=tuple(config.all_teachers) or ("",),
+    )
 
 
 def prepare_models(config: Config, platform: Platform, world_size: int) -> Inputs:
-    """Check models, tokenizers, engines and what is evaluated: all but the prompts to train on and run.dir. Raises OpdError."""
+    """Check models, tokenizers and engines: all but prompts and run.dir. Raises OpdError."""
     models = check_models(config, platform, world_size)
     student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
     found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
@@ -174,16 +188,6 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
     if largest_id >= vocab_size:
         raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
 
-    tasks: list[Task] = []
-    if config.eval is not None:
-        tasks = load_tasks(
-            config.eval,
-            tokenizer,
-            stop_id=own_stops[0],
-            positions=models.max_positions,
-            max_new_tokens=config.rollout.sampling.max_new_tokens,
-            teachers=tuple(config.all_teachers) or ("",),
-        )
     return Inputs(
         student=student,
         teachers=teachers,
@@ -196,7 +200,7 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
         stop_class=stop_class,
         megatron_checkpoints=found,
         prompts=[],
-        tasks=tasks,
+        tasks=[],
         loss_vocab_size=vocab_size,
         max_positions=models.max_positions,
         own_stop_id=own_stops[0],
@@ -352,9 +356,9 @@ def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return prompts
 
 
-def _check_heldout(prompts: Sequence[Prompt], tasks: Sequence[Task]) -> None:
-    seen = {prompt.token_ids for prompt in prompts}
-    for task in tasks:
+def _check_heldout(inputs: Inputs) -> None:
+    seen = {prompt.token_ids for prompt in inputs.prompts}
+    for task in inputs.tasks:
         if trained_on := sum(prompt.token_ids in seen for prompt in task.prompts):
             key = "eval.prompts" if task.name == HELDOUT else f"eval.tasks ({task.name})"
             raise OpdError(f"{key}: {trained_on} prompts of {task.path} are trained on as well; remove them from one file")

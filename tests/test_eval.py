@@ -15,15 +15,16 @@ import yaml
 
 from megatron_opd import cli, train
 from megatron_opd.config import Config
-from megatron_opd.config_file import load_config
+from megatron_opd.config_file import load_config, validate_config
 from megatron_opd.evaluation.results import read_results
-from megatron_opd.evaluator import plan, run_evaluation
+from megatron_opd.evaluator import check, plan, run_evaluation
 from megatron_opd.mcore.parallel import init_layout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import prepare
 from megatron_opd.setup import build_system
 from megatron_opd.types import TrainState
 from tests import runs
+from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
 
 DEMO = Path("examples/tiny/demo.yaml")
@@ -137,6 +138,37 @@ def test_a_better_model_is_seen_to_be_better(evaluated: tuple[Path, Config], poo
     assert compared["won"] > 3 * compared["lost"] and compared["estimate"]["low"] > 0
 
 
+def test_responses_end_where_they_end_in_training_and_no_weights_of_a_teacher_are_needed(tmp_path: Path) -> None:
+    tree = runs.make_inputs(tmp_path)
+    make_model(tmp_path / "teacher", "llama", vocab_size=50, vocab_words=[*map(str, range(40)), "+", "=", "."], seed=2)
+    (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+    config, platform = validate_config(tree), Platform.detect()
+    trained = prepare(config, platform, 2)
+    assert (trained.stop_ids, trained.loss_vocab_size) == ((1, 4), 50)
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    evaluation = plan(config, model=None, out=str(tmp_path / "out"), samples=None, against=None)
+    evaluated = check(evaluation, platform, 2)
+    assert (evaluated.stop_ids, evaluated.loss_vocab_size) == (trained.stop_ids, trained.loss_vocab_size)
+    assert [task.prompts for task in evaluated.tasks] == [task.prompts for task in trained.tasks]
+
+
+def test_results_of_other_settings_refuse_the_folder(
+    evaluated: tuple[Path, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = evaluated
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    for change, words in (
+        (["eval.temperature=1.0"], "(temperature is 0.6 there, 1.0 here)"),
+        (["--model", "examples/tiny/teacher"], "(model is 'examples/tiny/student' there, 'examples/tiny/teacher' here)"),
+        (["eval.max_new_tokens=9"], "(task heldout: max_new_tokens is 64 there, 9 here)"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["eval", str(file), "--out", str(folder / "out"), *change]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error and "choose another folder" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -170,7 +202,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.slow
 def test_run_and_its_checkpoint_and_export_are_evaluated_alike_even_after_a_kill(tmp_path: Path) -> None:
     config = runs.make_inputs(tmp_path)
-    config["mixture"]["teacher"] = 0
+    config["mixture"]["teacher"], config["student"]["parallel"] = 0, {}
     config["eval"] |= {"samples": 4, "teacher": False, "limit": 12}
     config["rollout"]["max_batch_size"] = 1  # the results come in several parts
     assert runs.run(tmp_path, config, "run.steps=3").returncode == 0
@@ -200,5 +232,3 @@ def test_run_and_its_checkpoint_and_export_are_evaluated_alike_even_after_a_kill
     assert before.count(b"\n") < 48  # there was something left to do
     assert evaluate("killed", "hf") == of_export
     assert results.read_bytes() == (tmp_path / "of-export" / "heldout.jsonl").read_bytes()
-    refused = runs.run(tmp_path, config, *arguments, "eval.temperature=1.0", command="eval")
-    assert refused.returncode == 2 and "temperature is 0.6 there, 1.0 here" in refused.stderr

@@ -105,26 +105,30 @@ def has_results(folder: Path, task: str) -> bool:
     return (folder / SETTINGS).is_file() and (folder / f"{task}.jsonl").is_file()
 
 
-def keep_settings(folder: Path, settings: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write down what the results in ``folder`` depend on; other tasks' stay.
+def check_settings(folder: Path, settings: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the results in ``folder`` depend on, those of other tasks that are there among it; to be kept by the caller.
 
-    Raises OpdError where results of other settings are there already, or files that are no results.
+    Raises OpdError where there are results of other settings, or files that are no results.
     """
     file = folder / SETTINGS
-    known: dict[str, Any] = {"tasks": {}}
     if not file.exists():
         for name in tasks:
             if (folder / f"{name}.jsonl").exists():  # a benchmark perhaps, which must not be written over
                 raise OpdError(f"--out: {folder / name}.jsonl is there, but no {SETTINGS} beside it; choose another folder")
-    else:
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            _compare(folder, known, settings, "")
-            for name, task in tasks.items():
-                _compare(folder, known["tasks"].get(name, task), task, f"task {name}: ")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise OpdError(f"--out: {file} is damaged ({error}); choose another folder, or delete this one") from error
-    whole = {**settings, "tasks": {**known["tasks"], **tasks}}
+        return {**settings, "tasks": tasks}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        _compare(folder, known, settings, "")
+        for name, task in tasks.items():
+            _compare(folder, known["tasks"].get(name, task), task, f"task {name}: ")
+        return {**settings, "tasks": {**known["tasks"], **tasks}}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise OpdError(f"--out: {file} is damaged ({error}); choose another folder, or delete this one") from error
+
+
+def keep_settings(folder: Path, whole: Mapping[str, Any]) -> None:
+    """Raises OpdError where they cannot be written."""
+    file = folder / SETTINGS
     try:
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_opd.config import MonitorsConfig
-from megatron_opd.evaluation.results import Result, ResultFile, items, keep_settings, read_results
+from megatron_opd.evaluation.results import Result, ResultFile, check_settings, items, keep_settings, read_results
 from megatron_opd.evaluation.summary import compare, summarise
 from megatron_opd.types import OpdError
 
@@ -69,25 +69,24 @@ def test_damage_before_the_last_line_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_that_change_the_responses_refuse_the_folder(tmp_path: Path) -> None:
-    keep_settings(tmp_path, SETTINGS, {"a": TASK})
-    keep_settings(tmp_path, SETTINGS, {"a": TASK})
-    keep_settings(tmp_path, SETTINGS, {"b": TASK})  # another task beside it
+    for name in ("a", "a", "b"):  # again, and another task beside it
+        keep_settings(tmp_path, check_settings(tmp_path, SETTINGS, {name: TASK}))
     assert set(json.loads((tmp_path / "settings.json").read_text())["tasks"]) == {"a", "b"}
     for settings, task, words in (
         ({**SETTINGS, "temperature": 1.0}, TASK, "(temperature is 0.6 there, 1.0 here)"),
         (SETTINGS, {**TASK, "max_new_tokens": 128}, "(task a: max_new_tokens is 64 there, 128 here)"),
     ):
         with pytest.raises(OpdError) as refusal:
-            keep_settings(tmp_path, settings, {"a": task})
+            check_settings(tmp_path, settings, {"a": task})
         assert words in str(refusal.value) and "another folder" in str(refusal.value) and "\n" not in str(refusal.value)
     other = tmp_path / "data"
     other.mkdir()
     (other / "a.jsonl").write_text('{"question": "a benchmark", "answer": "of the same name"}')
     with pytest.raises(OpdError, match=r"a\.jsonl is there, but no settings\.json beside it; choose another folder"):
-        keep_settings(other, SETTINGS, {"a": TASK})
+        check_settings(other, SETTINGS, {"a": TASK})
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(OpdError, match=r"settings\.json is damaged"):
-        keep_settings(tmp_path, SETTINGS, {"a": TASK})
+        check_settings(tmp_path, SETTINGS, {"a": TASK})
 
 
 def test_summary_counts_every_outcome_and_measures_the_responses() -> None:
