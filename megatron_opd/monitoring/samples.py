@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_opd.monitoring.repetition import Flags
-from megatron_opd.types import ResponseValues, Rollout
+from megatron_opd.types import ResponseValues, Rollout, Source
 
 
 def places_of_prompts(rollouts: Sequence[Rollout], count: int) -> list[int]:
@@ -59,7 +59,7 @@ def write_token_samples(
     with file.open("w", encoding="ascii") as stream:
         for place in places_of_prompts(rollouts, count):
             rollout, known = rollouts[place], values.get(place)
-            by_student = known is not None and bool(rollout.log_probs)
+            by_student = rollout.source is Source.STUDENT
             sample = {
                 "uid": rollout.prompt.uid,
                 "prompt": rollout.prompt.text,
