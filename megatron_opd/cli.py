@@ -117,6 +117,8 @@ def _check(config: Config, _arguments: list[str]) -> int:
     world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())
     inputs = prepare(config, platform, world_size)
     print(describe(config, inputs, platform, world_size))
+    for finding in inputs.findings:
+        print(f"megatron-opd: {finding}", file=sys.stderr)
     if config.rollout.urls or config.rollout.router:
         print(how_to_start(config, inputs.student, platform))
     return 0

@@ -75,6 +75,7 @@ class TeacherConfig(_Section):
     parallel: ParallelConfig | None = None
     offload: bool = False  # the weights wait in host memory while the model does not score
     quantize: Literal["fp8"] | None = None  # ModelOpt holds the weights of the linear layers in FP8: half of bf16's memory
+    self_distillation: bool = False  # the teacher may have the student's own weights
 
 
 class ReferenceConfig(_Section):

@@ -42,6 +42,7 @@ def check_combinations(config: Config) -> None:
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
+    _check_actions(config)
     _check_attached(config)
     _check_router(config.rollout)
     if config.rollout.sglang and config.rollout.backend != "sglang" and not config.served_teachers:
@@ -104,6 +105,40 @@ def _check_loss(config: Config) -> None:
         raise OpdError(f"loss.extrapolation: {loss.extrapolation}, but reference is null; set extrapolation=1 or a reference")
     if loss.ratio_bounds is not None and not 0 <= loss.ratio_bounds[0] < 1 < loss.ratio_bounds[1]:
         raise OpdError(f"loss.ratio_bounds: {loss.ratio_bounds}, but on-policy tokens have ratio 1; give low < 1 < high")
+
+
+def _check_actions(config: Config) -> None:
+    """Alarms and controllers that could change nothing."""
+    monitors, objective = config.monitors, config.objective
+    thresholds = {
+        "truncation": monitors.truncation,
+        "repetition": monitors.repetition,
+        "length_growth": monitors.length_growth,
+        "collapse": monitors.collapse,
+    }
+    for name, threshold in thresholds.items():
+        if threshold.rollback is not None and not (objective.reference_kl or objective.gold_weight):
+            raise OpdError(
+                f"monitors.{name}.rollback: {threshold.rollback}, but there is no coefficient to raise: loss.reference_kl and "
+                "the gold weight are 0; set one above 0, or use stop"
+            )
+    control = monitors.control
+    if control.reference_kl_target is not None and not objective.reference_kl:
+        raise OpdError(
+            f"monitors.control.reference_kl_target: {control.reference_kl_target}, but loss.reference_kl is 0, and a factor on "
+            "it changes nothing; set loss.reference_kl above 0"
+        )
+    if control.truncation_target is not None and not objective.gold_weight:
+        raise OpdError(
+            f"monitors.control.truncation_target: {control.truncation_target}, but there is no gold term to raise; set "
+            "mixture.gold=1 and mixture.gold_weight above 0"
+        )
+    budget, sampling = config.rollout.length_budget, config.rollout.sampling
+    if budget is not None and budget.start > sampling.max_new_tokens:
+        raise OpdError(
+            f"rollout.length_budget.start: {budget.start} is above rollout.sampling.max_new_tokens="
+            f"{sampling.max_new_tokens}, where it is to grow to; lower it"
+        )
 
 
 def _check_layout(section: str, parallel: ParallelConfig) -> None:

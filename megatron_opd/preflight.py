@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_opd.config import Config, ParallelConfig, TeacherConfig, teacher_key
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
-from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
+from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, solution_end, stop_ids
+from megatron_opd.guards import check_heldout, check_not_student, end_tokens, findings
 from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
@@ -51,11 +51,13 @@ class Inputs:
     student_config: TransformerConfig
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]  # that end a rollout of the student
+    own_stop_ids: tuple[int, ...]  # that the student's folder names
     teacher_stop_ids: dict[str, tuple[int, ...]]
     stop_class: tuple[int, ...]  # the end tokens of student and teachers
     megatron_checkpoints: dict[str, Path]  # by section: weights that Megatron-LM saved, in place of the folder's
     prompts: list[Prompt]
     heldout: list[Prompt]
+    findings: tuple[str, ...]  # of guards.py, a line each
     loss_vocab_size: int  # ids that student, teacher and reference share
     dp_size: int
     resume: Path | None
@@ -151,18 +153,22 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
                 "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
                 "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
             )
+    check_not_student(config, student, teachers, found)
     tokenizer = load_tokenizer(student.path)
-    for folder in (*teachers.values(), *([models.reference] if models.reference else [])):
-        if folder.path != student.path:
-            check_same_tokenizer(tokenizer, load_tokenizer(folder.path), str(student.path), str(folder.path))
+    folders = (*teachers.values(), *([models.reference] if models.reference else []))
+    others = {folder.path: load_tokenizer(folder.path) for folder in folders if folder.path != student.path}
+    for path, other in others.items():
+        check_same_tokenizer(tokenizer, other, str(student.path), str(path))
+    teacher_tokenizers = {name: others.get(folder.path, tokenizer) for name, folder in teachers.items()}
     own_stops = stop_ids(student.path, tokenizer)
-    teacher_stops = {name: stop_ids(folder.path, tokenizer) for name, folder in teachers.items()}
+    teacher_stops = {name: stop_ids(folder.path, teacher_tokenizers[name]) for name, folder in teachers.items()}
     stop_class = tuple(sorted({*own_stops, *(index for stops in teacher_stops.values() for index in stops)}))
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= vocab_size:
         raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
 
-    prompts, heldout = _prompts(config, tokenizer, own_stops[0], models.max_positions)
+    run_stops = stop_class if config.objective.merge_stop_class else own_stops
+    prompts, heldout = _prompts(config, tokenizer, solution_end(tokenizer, own_stops), run_stops, models.max_positions)
     resume, resume_step = _resume(config, models.student_spec)
     return Inputs(
         student=student,
@@ -171,12 +177,14 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         student_spec=models.student_spec,
         student_config=models.student_config,
         tokenizer=tokenizer,
-        stop_ids=stop_class if config.objective.merge_stop_class else own_stops,
+        stop_ids=run_stops,
+        own_stop_ids=own_stops,
         teacher_stop_ids=teacher_stops,
         stop_class=stop_class,
         megatron_checkpoints=found,
         prompts=prompts,
         heldout=heldout,
+        findings=findings(config, tokenizer, teacher_tokenizers, own_stops, teacher_stops, prompts),
         loss_vocab_size=vocab_size,
         dp_size=data_parallel_size(config.student.parallel, world_size),
         resume=resume,
@@ -207,7 +215,7 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         "reference": f"{inputs.reference.path}{own_layout('reference')}" if inputs.reference else "none",
         "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
         "engine": _engine(config),
-        "end tokens": f"{list(inputs.stop_class)}, "
+        "end tokens": f"{end_tokens(inputs.tokenizer, inputs.own_stop_ids, inputs.teacher_stop_ids)}; "
         + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
         "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
         "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
@@ -293,8 +301,13 @@ def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFold
     return teachers, reference
 
 
-def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts; every sequence that can arise fits the context and a micro-batch."""
+def _prompts(
+    config: Config, tokenizer: Tokenizer, stop_id: int, stops: tuple[int, ...], positions: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts; every sequence that can arise fits the context and a micro-batch.
+
+    ``stop_id``: that ends a solution; ``stops``: that end a rollout.
+    """
     context = min(positions, config.data.max_context or positions)
     new_tokens = config.rollout.sampling.max_new_tokens if config.mixture.student or config.mixture.teacher else 1
     if new_tokens >= context:
@@ -307,6 +320,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         stop_id=stop_id,
         max_prompt_tokens=context - new_tokens,
         require_solutions=config.mixture.gold > 0,
+        end_ids=stops if config.mixture.gold else (),
         max_sequence_tokens=context if config.mixture.gold else None,
         teachers=tuple(config.all_teachers) or ("",),
     )
@@ -334,20 +348,8 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         limit=config.eval.limit,
         teachers=tuple(config.all_teachers) or ("",),
     )
-    _check_heldout(config, prompts, heldout)
+    check_heldout(config, prompts, heldout)
     return prompts, heldout
-
-
-def _check_heldout(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    assert config.eval is not None
-    seen = {prompt.token_ids for prompt in prompts}
-    trained_on = sum(prompt.token_ids in seen for prompt in heldout)
-    if trained_on:
-        raise OpdError(
-            f"eval.prompts: {trained_on} prompts of {config.eval.prompts} are trained on as well; remove them from one file"
-        )
-    if any(prompt.answer is None for prompt in heldout):
-        raise OpdError(f"eval.prompts: {config.eval.prompts} has prompts without 'answer'; add it, or remove the eval section")
 
 
 def _sequence_length(prompt: Prompt, new_tokens: int, *, gold: bool) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path
     tree["data"] = {"prompts": str(routed), "prompts_per_step": 4}
     tree["teachers"] = {
         "a": {"model": str(folder / "teacher"), "parallel": {"cp": 2}, "offload": True},
-        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True},
+        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True, "self_distillation": True},
     }
     tree["student"] = {**config["student"], "offload": True}
     tree["reference"] = {"parallel": {"dp": 2}}
@@ -178,7 +180,7 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     checkpoint = str(folder / "run" / "checkpoints")
     loaded = {**config, "run": {"name": "loaded", "dir": str(folder / "loaded"), "steps": 1}, "eval": None}
     loaded["student"] = {**config["student"], "model": str(student), "load": checkpoint, "parallel": {"pp": 2}}
-    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}}
+    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}, "self_distillation": True}
     loaded["mixture"] = {"student": 2, "teacher": 0, "gold": 1}
     loaded["optimizer"] = {"lr": 1.0e-3, "warmup_steps": 0}
     result = runs.run(folder, loaded)
@@ -190,6 +192,23 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     exported, trained = (load_file(folder / name / "hf" / "model.safetensors") for name in ("loaded", "run"))
     moved = max(float((exported[name] - trained[name]).abs().max()) for name in trained)
     assert 0 < moved < 5e-3  # one step at a learning rate of 1e-3 from the weights that were saved
+
+
+def test_run_from_a_converted_student_is_the_run_from_its_folder(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    converter = [sys.executable, "-m", "tools.convert"]  # which hides GPUs from its process
+    subprocess.run([*converter, "to-megatron", str(folder / "student"), str(folder / "megatron")], check=True)
+    bare = folder / "config-and-tokenizer"  # the weights are nowhere but in the checkpoint
+    shutil.copytree(folder / "student", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    converted = {**config, "run": {**config["run"], "name": "converted", "dir": str(folder / "converted")}}
+    converted["student"] = {**config["student"], "model": str(bare), "load": str(folder / "megatron")}
+    result = runs.run(folder, converted)
+    assert result.returncode == 0, result.stderr
+    for one, other in zip(runs.metrics(folder / "run"), runs.metrics(folder / "converted"), strict=True):
+        assert one.keys() == other.keys()
+        assert [name for name in one if one[name] != other[name] and not name.startswith(TIMINGS)] == [], one["step"]
+    expected, actual = (load_file(folder / name / "hf" / "model.safetensors") for name in ("run", "converted"))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_run_stops_where_engine_and_trainer_disagree(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:

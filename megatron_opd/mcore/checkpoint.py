@@ -156,6 +156,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     for group, values in zip(trainer.optimizer.param_groups, configured, strict=True):
         group.update(values)
+    trainer.schedule.num_steps = 0  # to which Megatron adds the loaded ones: in a rollback they are not the first
     trainer.schedule.load_state_dict(loaded["opt_param_scheduler"])  # sets this step's learning rate and weight decay
     if same_layout:
         torch.set_rng_state(loaded["random"]["torch"])

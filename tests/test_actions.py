@@ -1,0 +1,123 @@
+"""What alarms do to a run: back to a healthy checkpoint with stronger terms, a bounded number of times, all of it on record."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_opd.config_checks import check_combinations
+from megatron_opd.config_file import load_config
+from megatron_opd.types import OpdError
+from tests import runs
+
+ALARM, TARGET = 9, 6  # steps
+
+
+@pytest.fixture(scope="module")
+def turned_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run whose responses get longer by its budget's schedule, which sounds like inflation, each time anew."""
+    folder = tmp_path_factory.mktemp("actions")
+    config = runs.make_inputs(folder)
+    config["run"]["steps"] = 14
+    config["rollout"]["length_budget"] = {"start": 2, "steps": 10}
+    config["checkpoint"] = {"every": 2, "keep": 2}
+    config["monitors"] = {
+        "truncation": {"warn": None},
+        "collapse": {"warn": None},
+        "length_growth": {"warn": None, "rollback": 2.2},
+        "rollback": {"limit": 2, "margin": 3, "reference_kl_factor": 3.0, "gold_weight_factor": 5.0},
+    }
+    del config["eval"]
+    result = runs.run(folder, config)
+    assert result.returncode == 1, result.stderr
+    return folder / "run", result.stderr
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_stops_when_it_went_back_as_often_as_it_may(turned_back: tuple[Path, str]) -> None:
+    run, stderr = turned_back
+    assert "monitors.length_growth.rollback is 2.2; monitors.rollback.limit is 2" in stderr
+    assert [(line["step"], line["level"], line["action"].split(";")[0]) for line in lines(run / "alarms.jsonl")] == [
+        (ALARM, "rollback", f"rolled back to step {TARGET}"),
+        (ALARM, "rollback", f"rolled back to step {TARGET}"),
+        (ALARM, "rollback", "stopped"),
+    ]
+
+
+def test_metrics_go_on_from_there_and_the_rest_is_set_apart(turned_back: tuple[Path, str]) -> None:
+    run, _ = turned_back
+    kept, apart = runs.metrics(run), lines(run / "rolled_back.jsonl")
+    assert [record["step"] for record in kept] == list(range(1, ALARM + 1))
+    assert [(record["rollback"], record["step"]) for record in apart] == [
+        (n, step) for n in (1, 2) for step in range(TARGET + 1, ALARM + 1)
+    ]
+    passes = [apart[:3], apart[3:], kept[TARGET:]]
+    for number, records in enumerate(passes):
+        for record in records:
+            assert record["mixture/reference_kl"] == pytest.approx(0.1 * 3**number)
+            assert record["mixture/gold_weight"] == pytest.approx(0.1 * 5**number)
+            assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats: the engine went back too
+    versions = [record["policy_version"] for records in passes for record in records]
+    assert all(after > before for before, after in pairwise(versions))
+
+
+def test_the_same_weights_meet_the_same_prompts_again(turned_back: tuple[Path, str]) -> None:
+    run, _ = turned_back
+    kept, apart = runs.metrics(run), lines(run / "rolled_back.jsonl")
+    first, second, third = apart[0], apart[3], kept[TARGET]
+    for name in ("rollout/length_mean", "loss/opd", "loss/reference_kl", "loss/gold_sft", "learning_rate"):
+        assert first[name] == second[name] == third[name], name
+    assert first["loss"] < second["loss"] < third["loss"]  # the coefficients alone
+    assert apart[1]["loss/opd"] != apart[4]["loss/opd"]
+
+
+def test_no_checkpoint_is_left_of_what_was_given_up(turned_back: tuple[Path, str]) -> None:
+    run, _ = turned_back
+    states = {
+        int(path.name.removeprefix("iter_")): json.loads((path / "state.json").read_text())["state"]
+        for path in (run / "checkpoints").glob("iter_*")
+    }
+    assert sorted(states)[-1] == ALARM  # saved before the run stopped
+    assert (states[ALARM]["healthy"], states[ALARM]["rollbacks"]) == (False, 2)
+    assert states[8]["rollbacks"] == 2  # those of the passes before are gone
+
+
+def test_without_a_healthy_checkpoint_the_run_stops_and_says_so(turned_back: tuple[Path, str]) -> None:
+    folder = turned_back[0].parent
+    config = runs.make_inputs(folder)
+    config["run"] |= {"name": "early", "dir": str(folder / "early")}
+    config["student"]["parallel"] = {"tp": 1}
+    config["monitors"] = {"truncation": {"warn": 0.0, "rollback": 0.0}}
+    del config["eval"]
+    result = runs.run(folder, config)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "step 1: " in result.stderr
+    assert "is healthy; lower checkpoint.every" in result.stderr
+    assert (folder / "early" / "checkpoints" / "iter_0000001").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.reference_kl=0", "mixture.gold=0", "monitors.collapse.rollback=1.0"], "monitors.collapse.rollback: 1.0, but"),
+        (["loss.reference_kl=0", "monitors.control.reference_kl_target=0.1"], "monitors.control.reference_kl_target: 0.1, but"),
+        (["mixture.gold=0", "monitors.control.truncation_target=0.1"], "monitors.control.truncation_target: 0.1, but"),
+        (["rollout.length_budget={start: 9999, steps: 3}"], "rollout.length_budget.start: 9999 is above"),
+    ],
+)
+def test_actions_that_could_change_nothing_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    file = tmp_path / "config.yaml"
+    tree = {"run": {"name": "x"}, "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"prompts": "p"}}
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(OpdError, match=re.escape(message)):
+        check_combinations(load_config(file, overrides))
