@@ -1,6 +1,6 @@
 """Seconds of the monitors on one core, for rollouts as a large run writes them; the aim is 1 s for 256 of 8,192 tokens.
 
-    python -m benchmarks.monitors --rollouts 256 --tokens 8192
+python -m benchmarks.monitors --rollouts 256 --tokens 8192
 """
 
 from __future__ import annotations
