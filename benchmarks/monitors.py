@@ -22,7 +22,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
 def make_rollouts(count: int, tokens: int, looping: float) -> list[Rollout]:
-    """Responses of equal length, the share ``looping`` of which repeats its last 100 tokens to the end; 4 characters a token."""
+    """Responses of equal length, of which the share ``looping`` repeats 100 tokens to the end; 4 characters a token."""
     rng = random.Random(0)
     rollouts = []
     for number in range(count):

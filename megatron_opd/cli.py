@@ -1,4 +1,4 @@
-"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
+"""``megatron-opd train|check|audit|eval CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
 ``megatron-opd report RUN [RUN ...]``
 """
 
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "check" and (options.gpus or options.memory or options.reserve):
             return _check_memory(options)
         _quiet_libraries()
+        if options.command == "eval":
+            return _eval(config, options, arguments)
         commands = {"train": _train, "check": _check, "audit": _audit}
         return commands[options.command](config, arguments)
     except OpdError as error:
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "run CONFIG, resuming where it stopped"),
         ("check", "check CONFIG and its inputs, build nothing"),
         ("audit", "compare loss and gradients in CONFIG's layout with a dense computation"),
+        ("eval", "evaluate a model on the tasks of CONFIG, on its engine; goes on where it was killed"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
@@ -68,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--memory", metavar="80GB", help="of one GPU: say whether the run fits, and what to change")
             command.add_argument("--reserve", metavar="5GB", help="of it, for CUDA context, NCCL and fragmentation")
+        if name == "eval":
+            command.add_argument("--model", metavar="MODEL", help="Hugging Face folder, or checkpoint of the student")
+            command.add_argument("--out", metavar="DIR", help="of the results; default: eval in run.dir")
+            command.add_argument("--samples", metavar="K", type=int, help="responses to each prompt, of every task")
+            command.add_argument("--against", metavar="DIR", help="the results of another evaluation, to compare with")
     report = commands.add_parser("report", help="one HTML page of a run, or of several side by side")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its run.dir)")
     report.add_argument("--out", metavar="FILE.html", help="default: report.html in the run's folder; of several runs, here")
@@ -93,8 +101,30 @@ def _audit(config: Config, arguments: list[str]) -> int:
     return _on_all_ranks(audit, config, arguments)
 
 
-def _on_all_ranks(succeeds: Callable[[Config, Platform], bool], config: Config, arguments: list[str]) -> int:
-    """Call it where this process is a rank of a world, else run the same command on new processes, one for each rank."""
+def _eval(config: Config, options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_opd.evaluator import check, evaluate_model, plan
+
+    asked = plan(config, model=options.model, out=options.out, samples=options.samples, against=options.against)
+
+    def succeeds(_config: Config, platform: Platform) -> bool:
+        return evaluate_model(asked, platform)
+
+    def prepare(_config: Config, platform: Platform, world_size: int) -> object:
+        return check(asked, platform, world_size)
+
+    return _on_all_ranks(succeeds, config, arguments, prepare)
+
+
+def _on_all_ranks(
+    succeeds: Callable[[Config, Platform], bool],
+    config: Config,
+    arguments: list[str],
+    check: Callable[[Config, Platform, int], object] | None = None,
+) -> int:
+    """Call it where this process is a rank of a world, else run the same command on new processes, one for each rank.
+
+    ``check``: what is looked at before there are processes; None: all that a run needs.
+    """
     from megatron_opd.launch import joined_world, local_rank, local_world_size, run_ranks
     from megatron_opd.mcore.platform import Platform
     from megatron_opd.preflight import prepare
@@ -103,7 +133,7 @@ def _on_all_ranks(succeeds: Callable[[Config, Platform], bool], config: Config, 
     if joined_world() is not None:
         return 0 if succeeds(config, platform) else 1
     world_size = local_world_size(config.student.parallel, platform.device_count())
-    prepare(config, platform, world_size)
+    (check or prepare)(config, platform, world_size)
     return run_ranks(arguments, world_size, platform)
 
 

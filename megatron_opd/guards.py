@@ -5,11 +5,13 @@ What only the models themselves can show is in ``scoring/informed.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_opd.config import Config, teacher_key
 from megatron_opd.data.compare_tokenizers import disagreements
+from megatron_opd.data.prompts import count_faults
+from megatron_opd.evaluation.tasks import Task
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.types import OpdError, Prompt, Tokenizer
 
@@ -37,19 +39,12 @@ def check_not_student(
             )
 
 
-def check_heldout(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    """Raises OpdError where held-out prompts are trained on, or cannot be judged."""
-    assert config.eval is not None
+def check_heldout(prompts: Sequence[Prompt], tasks: Sequence[Task]) -> None:
+    """Raises OpdError where prompts that are evaluated are trained on."""
     seen = {prompt.token_ids for prompt in prompts}
-    trained_on = sum(prompt.token_ids in seen for prompt in heldout)
-    if trained_on:
-        raise OpdError(
-            f"eval.prompts: {trained_on} prompts of {config.eval.prompts} are trained on as well; remove them from one file"
-        )
-    if unanswered := _count(heldout, lambda prompt: prompt.answer is None):
-        raise OpdError(
-            f"eval.prompts: {unanswered} of {config.eval.prompts} have no 'answer'; add it, or remove the eval section"
-        )
+    for task in tasks:
+        if trained_on := sum(prompt.token_ids in seen for prompt in task.prompts):
+            raise OpdError(f"{task.key}: {trained_on} prompts of {task.path} are trained on as well; remove them from one file")
 
 
 def end_tokens(tokenizer: Tokenizer, own: tuple[int, ...], teachers: Mapping[str, tuple[int, ...]]) -> str:
@@ -64,9 +59,8 @@ def findings(
     teacher_tokenizers: Mapping[str, Tokenizer],
     own_ends: tuple[int, ...],
     teacher_ends: Mapping[str, tuple[int, ...]],
-    prompts: Sequence[Prompt],
 ) -> tuple[str, ...]:
-    """A line each. ``note``: taken care of; ``warning``: training goes on, but perhaps not where the user wants."""
+    """Of the tokenizers, a line each. ``note``: taken care of; ``warning``: it goes on, perhaps not where the user wants."""
     lines = []
     if any(ends != own_ends for ends in teacher_ends.values()):
         shown = end_tokens(tokenizer, own_ends, teacher_ends)
@@ -80,26 +74,19 @@ def findings(
     for name, other in teacher_tokenizers.items():
         if differing := disagreements(tokenizer, other):
             lines.append(f"note: {teacher_key(name)}.model: tokenizer (student / teacher): {'; '.join(differing)}")
-    return (*lines, *_of_prompts(config, prompts))
+    return tuple(lines)
 
 
-def _of_prompts(config: Config, prompts: Sequence[Prompt]) -> Iterator[str]:
+def prompt_findings(config: Config, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """Of the prompts to train on, likewise."""
     mixture, budget, file = config.mixture, config.rollout.sampling.max_new_tokens, config.data.prompts
     if not mixture.student:
         return
-    longer = _count(prompts, lambda prompt: len(prompt.solution_ids or ()) > budget) if mixture.gold else ""
+    longer = count_faults(prompts, lambda prompt: len(prompt.solution_ids or ()) > budget) if mixture.gold else ""
     if longer:
         yield (
             f"warning: data.prompts: {longer} of {file} have a solution longer than rollout.sampling.max_new_tokens={budget}, "
             "which a rollout could not end; raise it, or drop them"
         )
-    if unanswered := _count(prompts, lambda prompt: prompt.answer is None):
+    if unanswered := count_faults(prompts, lambda prompt: prompt.answer is None):
         yield f"warning: data.prompts: {unanswered} of {file} have no 'answer', so rollout/accuracy is without them"
-
-
-def _count(prompts: Sequence[Prompt], fault: Callable[[Prompt], bool]) -> str:
-    """``3 of 60 prompts (the first in line 7, id 'x')``; empty where none has the fault."""
-    lines = [number for number, prompt in enumerate(prompts, start=1) if fault(prompt)]  # a prompt is a line
-    if not lines:
-        return ""
-    return f"{len(lines)} of {len(prompts)} prompts (the first in line {lines[0]}, id {prompts[lines[0] - 1].uid!r})"

@@ -78,7 +78,7 @@ def build_system(config: Config, inputs: Inputs, platform: Platform, layout: Par
 
 
 def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, servers: Fleet | None) -> System:
-    trainer = _build_trainer(config, inputs, platform, layout)
+    trainer = build_trainer(config, inputs, platform, layout)
     engines = build_engines(config, inputs, platform, trainer, servers)
     return System(
         rollouts=StepRollouts(
@@ -101,7 +101,7 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
     )
 
 
-def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Trainer:
+def build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Trainer:
     chunks = build_model(inputs.student_spec, inputs.student_config, layout, platform)
     if config.student.init == "random":
         load_random(chunks, inputs.student_spec, layout, config.run.seed)

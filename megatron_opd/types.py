@@ -50,6 +50,7 @@ class Prompt:
     solution_ids: tuple[int, ...] | None = None  # the gold response, end token included
     solution: str | None = None
     teacher: str = ""  # the one who scores and writes for it, where there are several
+    tolerance: float | None = None  # how far a numeric answer may be off; None: not at all
 
 
 @dataclass(frozen=True)
@@ -410,6 +411,9 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_id(self) -> int | None: ...
+
+    @property
+    def chat_template(self) -> object: ...  # None: there is none
 
     def __len__(self) -> int: ...
 

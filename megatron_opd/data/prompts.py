@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,14 @@ def load_prompts(
     return prompts
 
 
+def count_faults(prompts: Sequence[Prompt], fault: Callable[[Prompt], bool]) -> str:
+    """``3 of 60 prompts (the first in line 7, id 'x')``; empty where none has the fault."""
+    lines = [number for number, prompt in enumerate(prompts, start=1) if fault(prompt)]  # a prompt is a line
+    if not lines:
+        return ""
+    return f"{len(lines)} of {len(prompts)} prompts (the first in line {lines[0]}, id {prompts[lines[0] - 1].uid!r})"
+
+
 class PromptDataset:
     """Prompts in a seeded order; where it stands is the caller's cursor."""
 
@@ -127,7 +135,7 @@ def _parse(
         text = _string(where, record, "prompt")
         token_ids = tokenizer.encode(text)
     else:
-        text = _render(where, record["messages"], tokenizer)
+        text = render(where, record["messages"], tokenizer)
         token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
     if not token_ids:
         raise OpdError(f"{where}: the prompt has no tokens; a response needs at least one token to follow")
@@ -189,7 +197,7 @@ def _string(where: str, record: dict[str, Any], key: str) -> str:
     return value
 
 
-def _render(where: str, messages: Any, tokenizer: Tokenizer) -> str:
+def render(where: str, messages: Any, tokenizer: Tokenizer) -> str:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise OpdError(f"{where}: 'messages' must be a non-empty list of objects with role and content")
     conversation = [{key: _string(where, message, key) for key in ("role", "content")} for message in messages]
