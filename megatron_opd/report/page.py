@@ -58,6 +58,7 @@ def render(runs: Sequence[Run], samples: Sequence[RunSamples], written: str) -> 
             "<noscript>This report draws its figures with JavaScript, which is switched off here.</noscript>",
             '<main id="page"></main>',
             *data,
+            f'<script type="text/plain" id="licence-of-uplot">{_asset("vendor/uPlot.LICENSE")}</script>',
             *(f"<script>{script}</script>" for script in scripts),
             "</body>",
             "</html>",

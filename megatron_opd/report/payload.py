@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_opd.report.panels import FAN, HISTOGRAM, SECTIONS, Level, Panel
+from megatron_opd.report.panels import FAN, HISTOGRAM, Level, Panel
 from megatron_opd.report.runs import Curves, Number, Run
 from megatron_opd.report.samples import RunSamples, Sample
 from megatron_opd.report.story import differences, episodes, key_figures, story
+from megatron_opd.report.task_panels import sections_of
 
 _DIGITS = 5
 _TOKEN_DIGITS = 4
@@ -21,7 +22,8 @@ def payload(runs: Sequence[Run], samples: Sequence[RunSamples], written: str) ->
         "fan": FAN,
         "histogram": HISTOGRAM,
         "sections": [
-            {"title": section.title, "panels": [_panel(panel, runs) for panel in section.panels]} for section in SECTIONS
+            {"title": section.title, "panels": [_panel(panel, runs) for panel in section.panels]}
+            for section in sections_of(runs)
         ],
         "key_figures": key_figures(runs),
         "differences": differences(runs) if len(runs) > 1 else [],

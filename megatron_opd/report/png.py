@@ -8,10 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.report.panels import FAN, HISTOGRAM, PANELS, Curve, Panel
+from megatron_opd.report.panels import FAN, HISTOGRAM, Curve, Panel
 from megatron_opd.report.payload import levels_of
 from megatron_opd.report.runs import Curves, Run
 from megatron_opd.report.story import episodes
+from megatron_opd.report.task_panels import sections_of
 from megatron_opd.types import OpdError
 
 # Those of style.css in light.
@@ -47,7 +48,7 @@ def write_pngs(runs: Sequence[Run], folder: Path) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for panel in PANELS:
+        for panel in (panel for section in sections_of(runs) for panel in section.panels):
             drawn = [run for run in runs if any(_has(run, curve) for curve in panel.curves)]
             if drawn:
                 written.append(folder / f"{panel.key}.png")

@@ -132,6 +132,8 @@ def _truncation(run: Run) -> str:
         step, value = max(points, key=lambda point: point[1])
         return f"Truncation was never above {_percent(value)} (step {step:,}){end}." if value else "No rollout was truncated."
     since = [value > _MANY for step, value in points if step >= crossing]
+    if len(since) == 1:
+        return f"Truncation crossed 50% at step {crossing:,}, the last one."
     stayed = "stayed above" if all(since) else f"was above it in {statistics.fmean(since):.0%} of the steps since"
     return f"Truncation crossed 50% at step {crossing:,} and {stayed}{end}."
 

@@ -105,6 +105,18 @@ def test_the_table_draws_what_runs_write(tmp_path: Path) -> None:
     assert min(rest) > 0
 
 
+def test_tasks_of_a_run_have_panels_of_their_own(tmp_path: Path) -> None:
+    figures = {"accuracy": 0.4, "pass_at_4": 0.6, "truncation_rate": 0.1, "length_mean": 30.0}
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0, **{f"eval/gsm8k/{name}": value for name, value in figures.items()}}])
+    runs = read_runs([tmp_path])
+    sections = payload(runs, read_samples(runs, None), "")["sections"]
+    assert [section["title"] for section in sections[:3]] == ["Outcome", "Tasks", "Length"]
+    assert [[curve["name"] for curve in panel["curves"]] for panel in sections[1]["panels"]] == [
+        ["eval/gsm8k/accuracy", "eval/gsm8k/pass_at_4"],
+        ["eval/gsm8k/truncation_rate"],
+    ]
+
+
 def test_the_png_files_are_the_panels_that_have_numbers(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / "opd", steps=24, collapse=12), write_run(tmp_path / "control", steps=16)]
     roll_back(folders[1], 6, 9)

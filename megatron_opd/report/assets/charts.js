@@ -64,7 +64,7 @@ const Charts = (() => {
             stroke: ghost ? () => Theme.fade(color(), 0.35) : color,
             width: ghost ? 1 : 1.5,
             dash: Data.runs.length > 1 ? DASHES[i % DASHES.length] : [],
-            points: curve.joined ? { show: apart, size: ghost ? 3 : 5, fill: color } : { size: 4 },
+            points: curve.joined ? { show: apart, size: ghost ? 3 : 5, fill: color } : ghost ? { show: false } : { size: 4, fill: color },
           });
           meta.push({ run: run.index, curve: i, ghost });
         }

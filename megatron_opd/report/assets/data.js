@@ -10,7 +10,8 @@ const Data = (() => {
     run.curves = unpack(run.curves);
     for (const rollback of run.rollbacks) rollback.curves = unpack(rollback.curves);
   }
-  const steps = report.runs.flatMap((run) => [run.curves.steps[0], run.curves.steps.at(-1)]);
+  const every = report.runs.flatMap((run) => [run.curves, ...run.rollbacks.map(({ curves }) => curves)]);
+  const steps = every.flatMap((curves) => [curves.steps[0], curves.steps.at(-1)]);
   const extent = [Math.min(...steps), Math.max(...steps)];
   if (extent[0] === extent[1]) extent.splice(0, 2, extent[0] - 0.5, extent[1] + 0.5);
 
