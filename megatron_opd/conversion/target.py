@@ -99,7 +99,7 @@ class Partial:
         """Of all files; of those that :meth:`write` has not written, which are small, after reading them."""
         rest = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         small = list_files([path for path in rest if self._name(path) not in self.finished], self.folder, to_disk=True)
-        listed = {name: Digests(*entry, crc32=None) for name, entry in small.items()}
+        listed = {name: Digests(size, digest, int(crc, 16)) for name, (size, digest, crc) in small.items()}
         listed |= {name: written.digests for name, written in self.finished.items()}
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(manifest_text(listed))
