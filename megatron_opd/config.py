@@ -211,7 +211,7 @@ class RollbackConfig(_Section):
 
 
 class ControlConfig(_Section):
-    """Coefficients that follow a target; ours, off by default. Each moves by at most ``rate`` a step, relative."""
+    """Coefficients that follow a target; ours, off by default. Each rises by at most ``rate`` a step, relative."""
 
     reference_kl_target: float | None = Field(
         default=None, gt=0
