@@ -23,8 +23,8 @@ def coefficients(objective: Objective, state: TrainState) -> Objective:
 def control(state: TrainState, config: ControlConfig, reference_kl: float, truncation: float | None) -> None:
     """Move the factors of ``state`` towards the targets, given the step's KL(student || reference), nats, and truncation rate.
 
-    A factor grows while its figure is above the target, by ``rate`` a step where it is twice the target or more, else by less;
-    below the target it falls, a tenth as fast, for what a term has cured comes back without it. Always within
+    A factor grows while its figure is above the target, by ``rate`` a step where it is twice the target or more, by less where
+    it is nearer. Below the target it falls a tenth as fast, for what a term has cured comes back without it. It stays within
     1 .. ``max_factor``.
     """
     if config.reference_kl_target is not None:
