@@ -7,7 +7,6 @@ from dataclasses import replace
 from megatron_opd.config import ControlConfig
 from megatron_opd.types import Objective, TrainState
 
-
 _FALL = 0.1
 
 
