@@ -1,4 +1,4 @@
-"""``megatron-opd eval`` on a real SGLang server has the figures of the training on it."""
+"""``megatron-opd eval`` on a real SGLang server."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from tests.sglang.conftest import PYTHON
 pytestmark = pytest.mark.sglang
 
 
-def test_a_checkpoint_is_evaluated_on_a_server_as_it_was_in_training(tmp_path: Path) -> None:
+def test_a_server_gets_the_models_weights_and_writes_every_response(tmp_path: Path) -> None:
+    """The probe of the push compares what both sides say of a sequence; the server's draws do not follow seeds."""
     config = runs.make_inputs(tmp_path)
-    config["run"]["steps"], config["optimizer"]["warmup_steps"] = 1, 0
     config["student"]["parallel"] = {}
-    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "max_batch_size": 2}
-    config["mixture"]["teacher"] = 0
+    config["rollout"] |= {"backend": "sglang", "python": str(PYTHON), "max_batch_size": 2, "max_engine_gap": 1.0e-3}
     config["eval"] |= {"samples": 3, "teacher": False}
-    assert runs.run(tmp_path, config).returncode == 0
-    last = runs.metrics(tmp_path / "run")[-1]
-    arguments = ["--model", str(tmp_path / "run" / "checkpoints" / "iter_0000001"), "--out", str(tmp_path / "out")]
-    result = runs.run(tmp_path, config, *arguments, command="eval")
+    result = runs.run(tmp_path, config, "--out", str(tmp_path / "out"), command="eval")
     assert result.returncode == 0, result.stderr
-    found = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["heldout"]
-    assert found["estimates"]["avg@3"]["mean"] == pytest.approx(last["eval/accuracy"])
-    assert found["length_mean"] == pytest.approx(last["eval/length_mean"])
     results = read_results(tmp_path / "out" / "heldout.jsonl")
-    assert len(results) == 8 * 3 and len({each.seed for each in results}) == 24
+    assert len({(each.uid, each.sample, each.seed) for each in results}) == len(results) == 8 * 3
+    assert all(0 < each.length <= 12 for each in results)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["heldout"]
+    assert summary["items"] == 8 and sum(summary["outcomes"].values()) == 24
