@@ -3,16 +3,22 @@
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
 # make check   lint, format, types, layers
 #
+# make reproduce    plain OPD collapses, StableOPD does not: five arms on three pairs of models, an hour on two cores
+#
 # PYTHON       interpreter for a new virtual environment: 3.11 or 3.12
 # VENV         its folder
 # TORCH_INDEX  package index to take torch from. PyPI's torch for Linux is a CUDA build of several GB;
 #              https://download.pytorch.org/whl/cpu has one for machines without a GPU.
 # ARGS         more arguments for pytest, or for `megatron-opd train` in demo
+# JOBS         runs of `reproduce` at a time, one core each
+# GROUPS       what `reproduce` runs: arms, controls, end_tokens
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+JOBS ?= 2
+GROUPS ?= arms
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip
@@ -30,7 +36,7 @@ OF_MEGATRON := $(addprefix tests/,advisor audit conversion mcore scoring weight_
 SGLANG := .venv-sglang
 SMOLLM2 := examples/smollm2/work/.made
 
-.PHONY: setup demo test test-slow test-mcore-0.19 smollm2 sglang test-sglang check
+.PHONY: setup demo reproduce test test-slow test-mcore-0.19 smollm2 sglang test-sglang check
 
 setup: $(INSTALLED)
 
@@ -45,6 +51,11 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(if $(findstring run.dir,$(ARGS)),,rm -rf runs/demo)  # a second demo is a new one, not the first one's end
 	$(BIN)/megatron-opd train examples/tiny/demo.yaml $(ARGS)
+
+# What is there already is not made again: rm -r examples/reproduction/work for all of it.
+reproduce: $(INSTALLED)
+	$(PIP) install --editable '.[report]'
+	$(BIN)/python -m examples.reproduction.run --jobs $(JOBS) --groups $(GROUPS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,84 @@
+"""What is run: one frozen recipe (opd.yaml), of which an arm overrides loss terms alone and a control one thing more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.reproduction.make_models import HERE, WORK
+
+CONFIG = HERE / "opd.yaml"
+PAIRS = (0, 1, 2)
+OPD = ("mixture.gold=0", "loss.reference_kl=0")
+
+
+@dataclass(frozen=True)
+class Arm:
+    title: str
+    overrides: tuple[str, ...]
+    student: str = "student"  # a model of the pair, as the next
+    teacher: str = "teacher"
+    prompts: str = "train.jsonl"  # a file of the pair
+    pairs: tuple[int, ...] = PAIRS
+    baseline: str = "opd"  # what its accuracy is compared with
+
+
+def control(title: str, *overrides: str, teacher: str = "teacher") -> Arm:
+    """Plain OPD on one pair, but for one thing."""
+    return Arm(title, (*OPD, *overrides), teacher=teacher, pairs=(0,))
+
+
+# mixture.gold_weight=1 and loss.reference_kl=0.5 are opd.yaml's: StableOPD is the recipe as it stands.
+ARMS = {
+    "opd": Arm("OPD", OPD),
+    "reference_kl": Arm("OPD + reference KL", ("mixture.gold=0",)),
+    "gold": Arm("OPD + gold", ("loss.reference_kl=0",)),
+    "stableopd": Arm("StableOPD", ()),
+    "gold_only": Arm("gold only, no OPD", ("mixture.student=0",)),
+}
+CONTROLS = {
+    "response_mean": control("response mean, not token mean", "loss.aggregation=response"),
+    "cap_96": control("at most 96 tokens, not 160", "rollout.sampling.max_new_tokens=96"),
+    "reverse_kl": control("exact reverse KL", "loss.opd=reverse_kl"),
+    "jsd": control("exact JSD", "loss.opd=jsd"),
+    "forward_kl": control("exact forward KL", "loss.opd=forward_kl"),
+    "top_p": control("rollouts at top-p 0.9", "rollout.sampling.top_p=0.9"),
+    "lr_double": control("learning rate 4e-4", "optimizer.lr=4.0e-4"),
+    "lr_half": control("learning rate 1e-4", "optimizer.lr=1.0e-4"),
+    "student_style_gold": Arm(
+        "OPD + gold in the student's style", ("loss.reference_kl=0",), prompts="train_student_style.jsonl", pairs=(0,)
+    ),
+}
+# A teacher that makes no loop; then the same one, but that it ends with another token than the student.
+END_TOKENS = {
+    "bounded_teacher": control("teacher without endless documents", teacher="bounded_teacher"),
+    "ends_apart": control("it ends with another token, stop_class: none", "loss.stop_class=none", teacher="other_end_teacher"),
+    "ends_merged": control("it ends with another token, stop_class: auto", teacher="other_end_teacher"),
+}
+# Students that check more and begin with more truncation.
+EAGER = {
+    "eager_opd": Arm("OPD", OPD, student="eager_student", baseline="eager_opd"),
+    "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
+    "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
+}
+GROUPS = {"arms": ARMS, "controls": CONTROLS, "end_tokens": END_TOKENS, "eager": EAGER}
+EVERY = {name: arm for group in GROUPS.values() for name, arm in group.items()}
+
+
+def run_folder(name: str, pair: int) -> Path:
+    return WORK / "runs" / f"{name}-{pair}"
+
+
+def command_overrides(name: str, pair: int) -> list[str]:
+    """Everything that the run ``name`` of ``pair`` sets on top of opd.yaml."""
+    arm, models = EVERY[name], WORK / f"pair-{pair}"
+    return [
+        f"run.name={name}-{pair}",
+        f"run.dir={run_folder(name, pair)}",
+        f"run.seed={pair + 1}",
+        f"student.model={models / arm.student}",
+        f"teacher.model={models / arm.teacher}",
+        f"data.prompts={models / arm.prompts}",
+        f"eval.prompts={WORK / 'heldout.jsonl'}",
+        *arm.overrides,
+    ]

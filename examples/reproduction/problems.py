@@ -1,0 +1,96 @@
+"""Word problems, worked solutions that check their last step, and the tokenizer of both.
+
+    Ann has fifteen cards. Ann loses three. Ann eats four. How many cards?
+     fifteen - three = twelve. twelve - four = eight. Wait, twelve - four = eight. So the answer is eight
+
+How often a solution checks is its *style*. Numbers are words, so that nothing but "the answer is" states an answer: the last
+digits of a response without it would count as its answer, and one that checks its last step for ever would be right.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+NAMES = ("Tom", "Ann", "Bob", "Eve", "Sam", "Zoe")
+ITEMS = ("apples", "pens", "coins", "books", "cards", "eggs")
+VERBS = {"+": ("buys", "finds", "gets"), "-": ("eats", "loses", "sells")}
+LARGEST = 24
+_BELOW_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+NUMBERS = (*_BELOW_TWENTY.split(), "twenty", "twenty-one", "twenty-two", "twenty-three", "twenty-four")
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+_WORDS = (*NUMBERS, "+", "-", "=", *NAMES, *ITEMS, *VERBS["+"], *VERBS["-"])
+_WORDS += ("has", "more", "How", "many", "Wait,", "So", "the", "answer", "is")
+VOCABULARY = (PAD, EOS, UNKNOWN, ".", "?", *(f" {word}" for word in _WORDS))
+_PIECES = r" [A-Za-z]+(?:-[A-Za-z]+)?,?| [-+=]|[.?]"
+
+
+@dataclass(frozen=True)
+class Style:
+    """Checks of a solution: one, and after each another one with probability ``again``; never more than ``most``.
+
+    A share ``endless`` of the solutions goes on to ``most``.
+    """
+
+    again: float
+    endless: float = 0.0
+    most: int = 36  # some 250 tokens: far beyond the length budget of every rollout
+
+    def checks(self, rng: random.Random) -> int:
+        if rng.random() < self.endless:
+            return self.most
+        count = 1
+        while count < self.most and rng.random() < self.again:
+            count += 1
+        return count
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    steps: tuple[str, ...]
+
+    def solution(self, checks: int) -> str:
+        """The steps, the last one ``checks`` times more, the answer; without the end token, which the product appends."""
+        again = [f"Wait, {self.steps[-1]}"] * checks
+        return " ".join([*self.steps, *again, f"So the answer is {self.answer}"])
+
+
+def problems(seed: str, operations: tuple[int, int] = (2, 3)) -> Iterator[Problem]:
+    """One new problem after another, in an order that ``seed`` fixes; ``operations``: fewest and most."""
+    rng, seen = random.Random(seed), set()
+    while True:
+        problem = _problem(rng, rng.randint(*operations))
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
+
+
+def make_tokenizer(end: str = EOS) -> PreTrainedTokenizerFast:
+    """One word, with the space before it, is one token. ``end``: the one that ends a response."""
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    backend.normalizer = normalizers.Prepend(" ")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=PAD, unk_token=UNKNOWN)
+
+
+def _problem(rng: random.Random, operations: int) -> Problem:
+    name, item, total = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(3, 15)
+    question, steps = [f"{name} has {NUMBERS[total]} {item}."], []
+    for _ in range(operations):
+        by = rng.randint(1, 6)
+        sign = "-" if total + by > LARGEST or (total >= by and rng.random() < 0.5) else "+"
+        result = total + by if sign == "+" else total - by
+        question.append(f"{name} {rng.choice(VERBS[sign])} {NUMBERS[by]}{' more' if sign == '+' else ''}.")
+        steps.append(f"{NUMBERS[total]} {sign} {NUMBERS[by]} = {NUMBERS[result]}.")
+        total = result
+    return Problem(" ".join([*question, f"How many {item}?"]), NUMBERS[total], tuple(steps))
