@@ -11,7 +11,7 @@
 #              https://download.pytorch.org/whl/cpu has one for machines without a GPU.
 # ARGS         more arguments for pytest, or for `megatron-opd train` in demo
 # JOBS         runs of `reproduce` at a time, one core each
-# GROUPS       what `reproduce` runs: arms, controls, end_tokens
+# GROUPS       what `reproduce` runs: arms, controls, end_tokens, eager, options, actions
 
 PYTHON ?= python3
 VENV ?= .venv
