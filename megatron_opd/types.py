@@ -185,9 +185,9 @@ class LossOutput:
 class ResponseValues:
     """What the loss saw of each token of a response, in nats, [R] each; advantages and the teacher's of the student's alone."""
 
-    log_probs: Tensor  # log pi_theta
-    teacher_log_probs: Tensor
-    advantages: Tensor
+    log_probs: tuple[float, ...]  # log pi_theta
+    teacher_log_probs: tuple[float, ...]
+    advantages: tuple[float, ...]
 
 
 @dataclass(frozen=True)

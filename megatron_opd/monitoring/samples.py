@@ -69,16 +69,16 @@ def write_token_samples(
                 "correct": correct[place],
                 "text": rollout.text,
                 "pieces": [piece(token) for token in rollout.response_ids],
-                "log_probs": _rounded(known.log_probs.tolist()) if known else [],
-                "teacher_log_probs": _rounded(known.teacher_log_probs.tolist()) if known and by_student else [],
-                "advantages": _rounded(known.advantages.tolist()) if known and by_student else [],
+                "log_probs": _rounded(known.log_probs) if known else [],
+                "teacher_log_probs": _rounded(known.teacher_log_probs) if known and by_student else [],
+                "advantages": _rounded(known.advantages) if known and by_student else [],
                 "repeated": [int(flag) for flag in repeated[place]],
             }
             stream.write(json.dumps(sample) + "\n")
     return file
 
 
-def _rounded(values: list[float]) -> list[float | None]:
+def _rounded(values: Sequence[float]) -> list[float | None]:
     return [round(value, 4) if abs(value) < float("inf") else None for value in values]
 
 
