@@ -70,7 +70,7 @@ OPTIONS = {
 # Terms too weak to hold by themselves, and what alarms make of them.
 WEAK = ("mixture.gold_weight=0.02", "loss.reference_kl=0.02")
 ACTIONS = {
-    "weak": Arm("StableOPD, λ_gold 0.02, β_KL 0.02", WEAK, pairs=(0,)),
+    "weak": Arm("StableOPD, λ_gold 0.02, β_KL 0.02", WEAK, pairs=(0,), baseline="weak"),
     "rollback": Arm(
         "with rollback on the early warning",
         (

@@ -42,42 +42,45 @@ def early_warning() -> list[Row]:
 
 def early_warning_table(rows: Sequence[Row]) -> str:
     lines = [
-        "| run | pair | truncation of the last 10 steps | warned at step | accuracy down by 0.15 at step | largest statistic |",
-        "|---|---|---|---|---|---|",
+        "| run | pair | accuracy, end less start | truncation at the end | warned at step | down by 0.15 at step | largest |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = ["" if row[key] is None else str(row[key]) for key in ("pair", "warned", "fallen")]
         mark = " (chosen on)" if row["chosen_on"] else ""
         title = row["title"] + (" (eager)" if row["group"] == "eager" else "")
         pair, warned, fallen = cells[0], cells[1] or "never", cells[2] or "never"
-        lines.append(f"| {title}{mark} | {pair} | {row['truncation']:.2f} | {warned} | {fallen} | {row['largest']:.2f} |")
+        figures = f"{row['change']:+.2f} | {row['truncation']:.2f}"
+        lines.append(f"| {title}{mark} | {pair} | {figures} | {warned} | {fallen} | {row['largest']:.2f} |")
     return "\n".join(lines)
 
 
 def early_warning_summary(rows: Sequence[Row]) -> str:
     """Of the runs that had no part in the choice of the threshold."""
     others = [row for row in rows if not row["chosen_on"]]
-    failed = [row for row in others if row["truncation"] > 0.5]
-    sound = [row for row in others if row["truncation"] <= 0.5]
+    failed = [row for row in others if row["change"] < -_FALL]
+    sound = [row for row in others if row["change"] >= -_FALL]
     warned = [row for row in failed if row["warned"] is not None]
     leads = [row["fallen"] - row["warned"] for row in warned if row["fallen"] is not None]
     false = [row for row in sound if row["warned"] is not None]
     lead = ""
     if leads:
-        listed = ", ".join(map(str, sorted(leads)))
-        lead = f", by {statistics.median(leads):g} steps before that in the median ({listed}; accuracy is measured every 10)"
+        median, listed = statistics.median(leads), ", ".join(map(str, sorted(leads)))
+        lead = f", {median:g} steps before it was down by that much in the median ({listed}; measured every 10)"
     return (
-        f"In runs that had no part in the threshold: of {len(failed)} that end with more than half truncated, "
-        f"{len(warned)} were warned of{lead}; of {len(sound)} others, {len(false)}."
+        f"In runs that had no part in the threshold: of {len(failed)} that end more than {_FALL} below the accuracy of their "
+        f"start, {len(warned)} were warned of{lead}; of {len(sound)} others, {len(false)}."
     )
 
 
 def _measure(records: Records) -> Row:
-    start = next(each["eval/accuracy"] for each in records if "eval/accuracy" in each)
+    accuracies = [each["eval/accuracy"] for each in records if "eval/accuracy" in each]
+    start = accuracies[0]
     steps = [each for each in records if each.get("rollout/truncation_rate") is not None]
     return {
         "warned": _first(records, lambda each: (each.get("monitors/collapse") or 0.0) >= 1.0),
         "fallen": _first(records, lambda each: each.get("eval/accuracy", start) < start - _FALL),
+        "change": accuracies[-1] - start,
         "largest": max((each.get("monitors/collapse") or 0.0) for each in records),
         "truncation": statistics.fmean(each["rollout/truncation_rate"] for each in steps[-10:]),
     }
