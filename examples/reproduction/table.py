@@ -68,9 +68,9 @@ def done(name: str, pair: int) -> bool:
 
 
 def depth() -> list[Row]:
-    """How likely one more check is, of the first pair's models."""
-    folders = {name: WORK / "pair-0" / name for name in ("teacher", "student")}
-    folders |= {f"student after {EVERY[name].title}": run_folder(name, 0) / "hf" for name in ARMS}
+    """How likely one more check is: of every pair's models at the start, and of the first pair's student after each arm."""
+    folders = {f"{name}, pair {pair}": WORK / f"pair-{pair}" / name for name in ("teacher", "student") for pair in PAIRS}
+    folders |= {f"student, pair 0, after {EVERY[name].title}": run_folder(name, 0) / "hf" for name in ARMS}
     return [{"model": name, "goes_on": goes_on(folder)} for name, folder in folders.items() if folder.is_dir()]
 
 
@@ -167,7 +167,7 @@ def models_table(rows: Sequence[Row]) -> str:
 
 def depth_table(rows: Sequence[Row]) -> str:
     lines = [f"| one more check after | {' | '.join(map(str, DEPTHS))} |", f"|---{'|---' * len(DEPTHS)}|"]
-    lines += [f"| {each['model']} | {' | '.join(f'{value:.3f}' for value in each['goes_on'])} |" for each in rows]
+    lines += [f"| {each['model']} | {' | '.join(f'{value:.2f}' for value in each['goes_on'])} |" for each in rows]
     return "\n".join(lines)
 
 
