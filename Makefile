@@ -11,7 +11,7 @@
 #              https://download.pytorch.org/whl/cpu has one for machines without a GPU.
 # ARGS         more arguments for pytest, or for `megatron-opd train` in demo
 # JOBS         runs of `reproduce` at a time, one core each
-# GROUPS       what `reproduce` runs: arms, controls, end_tokens, eager
+# GROUPS       what `reproduce` runs: arms, controls, end_tokens, eager, options, actions
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,7 +54,7 @@ demo: $(INSTALLED)
 
 # What is there already is not made again: rm -r examples/reproduction/work for all of it.
 reproduce: $(INSTALLED)
-	$(PIP) install --editable '.[figures]'
+	$(PIP) install --editable '.[report]'
 	$(BIN)/python -m examples.reproduction.run --jobs $(JOBS) --groups $(GROUPS)
 
 test: $(INSTALLED)

@@ -1,4 +1,6 @@
-"""``megatron-opd train|check|audit CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``"""
+"""``megatron-opd train|check|audit|eval CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
+``megatron-opd report RUN [RUN ...]``
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
     try:
+        if options.command == "report":
+            return _report(options)
         config = load_config(options.config, options.overrides)
         if options.command == "check" and (options.gpus or options.memory or options.reserve):
             return _check_memory(options)
         _quiet_libraries()
+        if options.command == "eval":
+            return _eval(config, options, arguments)
         commands = {"train": _train, "check": _check, "audit": _audit}
         return commands[options.command](config, arguments)
     except OpdError as error:
@@ -40,9 +46,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     unknown = [each for each in others if each.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += others
+    if unknown or (others and options.command == "report"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or others)}")
+    if options.command != "report":
+        options.overrides += others
     return options
 
 
@@ -53,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "run CONFIG, resuming where it stopped"),
         ("check", "check CONFIG and its inputs, build nothing"),
         ("audit", "compare loss and gradients in CONFIG's layout with a dense computation"),
+        ("eval", "evaluate a model on the tasks of CONFIG, on its engine; goes on where it was killed"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
@@ -63,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--memory", metavar="80GB", help="of one GPU: say whether the run fits, and what to change")
             command.add_argument("--reserve", metavar="5GB", help="of it, for CUDA context, NCCL and fragmentation")
+        if name == "eval":
+            command.add_argument("--model", metavar="MODEL", help="Hugging Face folder, or checkpoint of the student")
+            command.add_argument("--out", metavar="DIR", help="of the results; default: eval in run.dir")
+            command.add_argument("--samples", metavar="K", type=int, help="responses to each prompt, of every task")
+            command.add_argument("--against", metavar="DIR", help="the results of another evaluation, to compare with")
+    report = commands.add_parser("report", help="one HTML page of a run, or of several side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run (its run.dir)")
+    report.add_argument("--out", metavar="FILE.html", help="default: report.html in the run's folder; of several runs, here")
+    report.add_argument("--png", metavar="DIR", help="write each figure as a PNG file there as well")
+    report.add_argument("--samples", metavar="N", type=int, help="responses of each run to put in, at most")
     return parser
 
 
@@ -83,8 +101,30 @@ def _audit(config: Config, arguments: list[str]) -> int:
     return _on_all_ranks(audit, config, arguments)
 
 
-def _on_all_ranks(succeeds: Callable[[Config, Platform], bool], config: Config, arguments: list[str]) -> int:
-    """Call it where this process is a rank of a world, else run the same command on new processes, one for each rank."""
+def _eval(config: Config, options: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_opd.evaluator import check, evaluate_model, plan
+
+    asked = plan(config, model=options.model, out=options.out, samples=options.samples, against=options.against)
+
+    def succeeds(_config: Config, platform: Platform) -> bool:
+        return evaluate_model(asked, platform)
+
+    def prepare(_config: Config, platform: Platform, world_size: int) -> object:
+        return check(asked, platform, world_size)
+
+    return _on_all_ranks(succeeds, config, arguments, prepare)
+
+
+def _on_all_ranks(
+    succeeds: Callable[[Config, Platform], bool],
+    config: Config,
+    arguments: list[str],
+    check: Callable[[Config, Platform, int], object] | None = None,
+) -> int:
+    """Call it where this process is a rank of a world, else run the same command on new processes, one for each rank.
+
+    ``check``: what is looked at before there are processes; None: all that a run needs.
+    """
     from megatron_opd.launch import joined_world, local_rank, local_world_size, run_ranks
     from megatron_opd.mcore.platform import Platform
     from megatron_opd.preflight import prepare
@@ -93,7 +133,7 @@ def _on_all_ranks(succeeds: Callable[[Config, Platform], bool], config: Config, 
     if joined_world() is not None:
         return 0 if succeeds(config, platform) else 1
     world_size = local_world_size(config.student.parallel, platform.device_count())
-    prepare(config, platform, world_size)
+    (check or prepare)(config, platform, world_size)
     return run_ranks(arguments, world_size, platform)
 
 
@@ -107,6 +147,8 @@ def _check(config: Config, _arguments: list[str]) -> int:
     world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())
     inputs = prepare(config, platform, world_size)
     print(describe(config, inputs, platform, world_size))
+    for finding in inputs.findings:
+        print(f"megatron-opd: {finding}", file=sys.stderr)
     if config.rollout.urls or config.rollout.router:
         print(how_to_start(config, inputs.student, platform))
     return 0
@@ -122,6 +164,13 @@ def _check_memory(options: argparse.Namespace) -> int:
 
     fits = check_memory(options.config, options.overrides, options.gpus, options.memory, options.reserve)
     return 0 if fits else 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_opd.report import write_report
+
+    print("\n".join(write_report(options.runs, options.out, options.png, options.samples)))
+    return 0
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -75,6 +75,7 @@ class TeacherConfig(_Section):
     parallel: ParallelConfig | None = None
     offload: bool = False  # the weights wait in host memory while the model does not score
     quantize: Literal["fp8"] | None = None  # ModelOpt holds the weights of the linear layers in FP8: half of bf16's memory
+    self_distillation: bool = False  # the teacher may have the student's own weights
 
 
 class ReferenceConfig(_Section):
@@ -210,7 +211,7 @@ class RollbackConfig(_Section):
 
 
 class ControlConfig(_Section):
-    """Coefficients that follow a target; ours, off by default. Each moves by at most ``rate`` a step, relative."""
+    """Coefficients that follow a target; ours, off by default. Each rises by at most ``rate`` a step, relative."""
 
     reference_kl_target: float | None = Field(
         default=None, gt=0
@@ -241,12 +242,32 @@ class CheckpointConfig(_Section):
     async_save: bool = True  # processes beside the training write; false: the training waits
 
 
+HELDOUT = "heldout"  # what eval.prompts is called among the tasks
+TaskFormat = Literal["prompts", "gsm8k", "math500", "aime", "amc", "minerva", "olympiad"]
+
+
+class EvalTaskConfig(_Section):
+    """One benchmark beside ``eval.prompts``; its figures are called eval/<name>/..."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    path: str
+    format: TaskFormat = "prompts"  # as data.prompts; else as the benchmark's publishers have it (docs/evaluation.md)
+    limit: int | None = Field(default=None, ge=1)  # the first items alone
+    samples: int | None = Field(default=None, ge=1)  # null: eval.samples
+    max_new_tokens: int | None = Field(default=None, ge=1)  # null: eval.max_new_tokens
+
+
 class EvalConfig(_Section):
-    prompts: str
+    prompts: str | None = None
+    tasks: list[EvalTaskConfig] = []
     every: int = Field(default=25, ge=1)
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)  # of prompts: the first ones alone
+    samples: int = Field(default=1, ge=1)  # responses to each prompt
     temperature: float = Field(default=0.6, gt=0)  # the paper's evaluation temperature
+    top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int | None = Field(default=None, ge=1)  # null: as the rollouts
+    # Behind each problem of a task that is no file of prompts; ours.
+    instruction: str = r"Work it out step by step and put the final answer into \boxed{}."
     teacher: bool = True  # score the teacher once too, for comparison
 
 

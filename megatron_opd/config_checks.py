@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from megatron_opd.config import Config, ParallelConfig, RolloutConfig, TeacherConfig, teacher_key
+from megatron_opd.config import HELDOUT, Config, ParallelConfig, RolloutConfig, TeacherConfig, teacher_key
 from megatron_opd.types import SCORED_KINDS, OpdError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -43,6 +43,7 @@ def check_combinations(config: Config) -> None:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
     _check_loss(config)
     _check_actions(config)
+    _check_evaluation(config)
     _check_attached(config)
     _check_router(config.rollout)
     if config.rollout.sglang and config.rollout.backend != "sglang" and not config.served_teachers:
@@ -139,6 +140,17 @@ def _check_actions(config: Config) -> None:
             f"rollout.length_budget.start: {budget.start} is above rollout.sampling.max_new_tokens="
             f"{sampling.max_new_tokens}, where it is to grow to; lower it"
         )
+
+
+def _check_evaluation(config: Config) -> None:
+    if config.eval is None:
+        return
+    if config.eval.prompts is None and not config.eval.tasks:
+        raise OpdError("eval: neither prompts nor tasks; name a file of held-out prompts, or remove the section")
+    names = [task.name for task in config.eval.tasks]
+    for name in names:
+        if names.count(name) > 1 or name == HELDOUT:
+            raise OpdError(f"eval.tasks: the name {name!r} is taken{' by eval.prompts' * (name == HELDOUT)}; give each its own")
 
 
 def _check_layout(section: str, parallel: ParallelConfig) -> None:

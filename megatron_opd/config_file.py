@@ -118,6 +118,8 @@ def _explain(error: ValidationError) -> str:
 def _known_keys(path: list[str]) -> list[str]:
     section: Any = Config
     for part in path:
+        if part not in section.model_fields:  # a key of a mapping, a number in a list
+            continue
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ class HFFolder:
                 headers[name] = present[name]
         return headers
 
+    def same_weights(self, other: HFFolder) -> bool:
+        """Whether both hold the same tensors, value for value, in whatever files.
+
+        Reads the smallest tensors first and ends at the first difference; False where either folder has no weights here.
+        """
+        if self.path.resolve() == other.path.resolve():
+            return True
+        if not (self._has_weights() and other._has_weights()) or self.shapes != other.shapes:
+            return False
+        names = sorted(self.shapes, key=lambda name: math.prod(self.shapes[name]))
+        return all(_equal(self.tensor(name), other.tensor(name)) for name in names)
+
+    def _has_weights(self) -> bool:
+        return (self.path / INDEX).exists() or (self.path / SINGLE).exists()
+
     def check_files(self) -> None:
         """All tensors that the files promise are there. Raises OpdError."""
         assert self.shapes
@@ -115,10 +131,22 @@ class HFFolder:
                     f"config.json asks for {list(shape)}; use the config.json that belongs to these weights"
                 )
 
-    def tensor(self, name: str, index: int | None = None) -> Tensor:
-        """The whole of it, or what has ``index`` in its first axis, of which no more is read."""
+    def tensor(self, name: str, index: int | None = None, into: Tensor | None = None) -> Tensor:
+        """The whole of it, or what has ``index`` in its first axis, of which no more is read.
+
+        Args:
+            into: uint8 of as many bytes, where it is to lie.
+        """
         shard = self._holder(name)
-        return shard.tensor(name) if index is None else shard.rows(name, index, index + 1)[0]
+        return shard.tensor(name, into) if index is None else shard.rows(name, index, index + 1, into)[0]
+
+    def tensors(self, names: Sequence[str], index: int | None = None) -> list[Tensor]:
+        """What :meth:`tensor` gives of each, one behind the other in memory where they have one dtype."""
+        if len({self.headers[name][1] for name in names}) != 1:
+            return [self.tensor(name, index) for name in names]
+        sizes = [self._holder(name).nbytes(name) // (1 if index is None else self.shapes[name][0]) for name in names]
+        parts = torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)
+        return [self.tensor(name, index, part) for name, part in zip(names, parts, strict=True)]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a matrix; rows beyond its end are zero. [stop - start, columns]"""
@@ -239,6 +267,11 @@ def _write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Of the same shape; fp32 that holds bf16's values equals them."""
+    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.double(), other.double())
 
 
 def _first_line(error: Exception) -> str:

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_opd.config import Config, ParallelConfig, TeacherConfig, teacher_key
+from megatron_opd.config import Config, EvalConfig, ParallelConfig, TeacherConfig, teacher_key
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
-from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, stop_ids
+from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, solution_end, stop_ids
+from megatron_opd.evaluation.tasks import Task, load_tasks
+from megatron_opd.guards import check_heldout, check_not_student, end_tokens, findings, prompt_findings
 from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
@@ -29,7 +30,7 @@ from megatron_opd.rollout.embedded import check_attention
 from megatron_opd.sglang.client import read_key
 from megatron_opd.sglang.router import ids_to_exclude
 from megatron_opd.sglang.server import check_arguments
-from megatron_opd.types import OpdError, Prompt, Tokenizer
+from megatron_opd.types import OpdError, Prompt, SamplingParams, Tokenizer
 
 # Positions of a context that SGLang gives to no prompt; in a request to score, the response is part of the prompt.
 _KEPT_BY_SGLANG = 7
@@ -51,12 +52,16 @@ class Inputs:
     student_config: TransformerConfig
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]  # that end a rollout of the student
+    own_stop_ids: tuple[int, ...]  # that the student's folder names
     teacher_stop_ids: dict[str, tuple[int, ...]]
     stop_class: tuple[int, ...]  # the end tokens of student and teachers
     megatron_checkpoints: dict[str, Path]  # by section: weights that Megatron-LM saved, in place of the folder's
     prompts: list[Prompt]
-    heldout: list[Prompt]
+    tasks: list[Task]  # to evaluate
+    findings: tuple[str, ...]  # of guards.py, a line each
     loss_vocab_size: int  # ids that student, teacher and reference share
+    max_positions: int  # of the shortest context among them
+    own_stop_id: int  # ends gold responses
     dp_size: int
     resume: Path | None
     resume_step: int
@@ -118,6 +123,31 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
 
 def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     """Check the whole run. Raises OpdError."""
+    inputs = prepare_models(config, platform, world_size)
+    inputs = replace(inputs, prompts=_prompts(config, inputs))
+    inputs = replace(inputs, tasks=prepare_tasks(config, inputs))
+    check_heldout(inputs.prompts, inputs.tasks)
+    inputs = replace(inputs, findings=(*inputs.findings, *prompt_findings(config, inputs.prompts)))
+    resume, resume_step = _resume(config, inputs.student_spec)
+    return replace(inputs, resume=resume, resume_step=resume_step)
+
+
+def prepare_tasks(config: Config, inputs: Inputs) -> list[Task]:
+    """What is evaluated. Raises OpdError."""
+    if config.eval is None:
+        return []
+    return load_tasks(
+        config.eval,
+        inputs.tokenizer,
+        stop_id=inputs.own_stop_id,
+        positions=inputs.max_positions,
+        max_new_tokens=config.rollout.sampling.max_new_tokens,
+        teachers=tuple(config.all_teachers) or ("",),
+    )
+
+
+def prepare_models(config: Config, platform: Platform, world_size: int) -> Inputs:
+    """Check models, tokenizers and engines: all but prompts and run.dir. Raises OpdError."""
     models = check_models(config, platform, world_size)
     student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
     found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
@@ -151,19 +181,20 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
                 "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
                 "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
             )
+    check_not_student(config, student, teachers, found)
     tokenizer = load_tokenizer(student.path)
-    for folder in (*teachers.values(), *([models.reference] if models.reference else [])):
-        if folder.path != student.path:
-            check_same_tokenizer(tokenizer, load_tokenizer(folder.path), str(student.path), str(folder.path))
+    folders = (*teachers.values(), *([models.reference] if models.reference else []))
+    others = {folder.path: load_tokenizer(folder.path) for folder in folders if folder.path != student.path}
+    for path, other in others.items():
+        check_same_tokenizer(tokenizer, other, str(student.path), str(path))
+    teacher_tokenizers = {name: others.get(folder.path, tokenizer) for name, folder in teachers.items()}
     own_stops = stop_ids(student.path, tokenizer)
-    teacher_stops = {name: stop_ids(folder.path, tokenizer) for name, folder in teachers.items()}
+    teacher_stops = {name: stop_ids(folder.path, teacher_tokenizers[name]) for name, folder in teachers.items()}
     stop_class = tuple(sorted({*own_stops, *(index for stops in teacher_stops.values() for index in stops)}))
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= vocab_size:
         raise OpdError(f"student.model: the tokenizer has id {largest_id}, but a model has only {vocab_size} vocabulary rows")
 
-    prompts, heldout = _prompts(config, tokenizer, own_stops[0], models.max_positions)
-    resume, resume_step = _resume(config, models.student_spec)
     return Inputs(
         student=student,
         teachers=teachers,
@@ -172,16 +203,25 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
         student_config=models.student_config,
         tokenizer=tokenizer,
         stop_ids=stop_class if config.objective.merge_stop_class else own_stops,
+        own_stop_ids=own_stops,
         teacher_stop_ids=teacher_stops,
         stop_class=stop_class,
         megatron_checkpoints=found,
-        prompts=prompts,
-        heldout=heldout,
+        prompts=[],
+        tasks=[],
+        findings=findings(config, tokenizer, teacher_tokenizers, own_stops, teacher_stops),
         loss_vocab_size=vocab_size,
+        max_positions=models.max_positions,
+        own_stop_id=solution_end(tokenizer, own_stops),
         dp_size=data_parallel_size(config.student.parallel, world_size),
-        resume=resume,
-        resume_step=resume_step,
+        resume=None,
+        resume_step=0,
     )
+
+
+def eval_sampling(config: EvalConfig, inputs: Inputs, task: Task) -> SamplingParams:
+    """Of the student's responses, and of a teacher's but for the end tokens."""
+    return SamplingParams(config.temperature, config.top_p, task.max_new_tokens, inputs.stop_ids, inputs.loss_vocab_size)
 
 
 def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int) -> str:
@@ -207,9 +247,9 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         "reference": f"{inputs.reference.path}{own_layout('reference')}" if inputs.reference else "none",
         "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
         "engine": _engine(config),
-        "end tokens": f"{list(inputs.stop_class)}, "
+        "end tokens": f"{end_tokens(inputs.tokenizer, inputs.own_stop_ids, inputs.teacher_stop_ids)}; "
         + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
-        "data": f"{len(inputs.prompts)} prompts, {len(inputs.heldout)} held out",
+        "data": f"{len(inputs.prompts)} prompts" + "".join(f", {len(task.prompts)} of {task.name}" for task in inputs.tasks),
         "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
         "objective": f"{objective.opd} x {objective.student_weight}, reference KL x {objective.reference_kl}, "
         f"gold x {objective.gold_weight}, aggregation {config.loss.aggregation}",
@@ -293,9 +333,9 @@ def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFold
     return teachers, reference
 
 
-def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts; every sequence that can arise fits the context and a micro-batch."""
-    context = min(positions, config.data.max_context or positions)
+def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
+    """To train on; every sequence that can arise fits the context and a micro-batch."""
+    context = min(inputs.max_positions, config.data.max_context or inputs.max_positions)
     new_tokens = config.rollout.sampling.max_new_tokens if config.mixture.student or config.mixture.teacher else 1
     if new_tokens >= context:
         raise OpdError(
@@ -303,10 +343,11 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         )
     prompts = load_prompts(
         config.data.prompts,
-        tokenizer,
-        stop_id=stop_id,
+        inputs.tokenizer,
+        stop_id=inputs.own_stop_id,
         max_prompt_tokens=context - new_tokens,
         require_solutions=config.mixture.gold > 0,
+        end_ids=inputs.stop_ids if config.mixture.gold else (),
         max_sequence_tokens=context if config.mixture.gold else None,
         teachers=tuple(config.all_teachers) or ("",),
     )
@@ -322,32 +363,7 @@ def _prompts(config: Config, tokenizer: Tokenizer, stop_id: int, positions: int)
         raise OpdError(
             f"data.prompts_per_step: {config.data.prompts_per_step}, but {config.data.prompts} has {len(prompts)} prompts"
         )
-    if config.eval is None:
-        return prompts, []
-    eval_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
-    heldout = load_prompts(
-        config.eval.prompts,
-        tokenizer,
-        stop_id=stop_id,
-        max_prompt_tokens=positions - eval_tokens,
-        require_solutions=False,
-        limit=config.eval.limit,
-        teachers=tuple(config.all_teachers) or ("",),
-    )
-    _check_heldout(config, prompts, heldout)
-    return prompts, heldout
-
-
-def _check_heldout(config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    assert config.eval is not None
-    seen = {prompt.token_ids for prompt in prompts}
-    trained_on = sum(prompt.token_ids in seen for prompt in heldout)
-    if trained_on:
-        raise OpdError(
-            f"eval.prompts: {trained_on} prompts of {config.eval.prompts} are trained on as well; remove them from one file"
-        )
-    if any(prompt.answer is None for prompt in heldout):
-        raise OpdError(f"eval.prompts: {config.eval.prompts} has prompts without 'answer'; add it, or remove the eval section")
+    return prompts
 
 
 def _sequence_length(prompt: Prompt, new_tokens: int, *, gold: bool) -> int:

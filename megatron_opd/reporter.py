@@ -58,7 +58,8 @@ class Reporter:
             self._write(state.step, record)
             known = {"before": "student", "teacher": "teacher"}
             figures = [f"{known[name]} {value:.1%}" for name, value in state.evaluations.items() if name in known]
-            self.console.message(f"held-out accuracy before training: {', '.join(figures)}")
+            if figures:
+                self.console.message(f"held-out accuracy before training: {', '.join(figures)}")
 
     def samples(self, step: int, rollouts: Sequence[Rollout]) -> list[int]:
         """The places of the rollouts of ``step`` that are to be written out token by token; equal on all ranks."""

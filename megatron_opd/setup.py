@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+
+import torch.distributed as dist
 
 from megatron_opd.config import Config, teacher_key
 from megatron_opd.data.mixture import Mixture
+from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import PromptDataset
 from megatron_opd.engines import build_engines
 from megatron_opd.hf_folder import HFFolder
@@ -18,6 +22,7 @@ from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.monitoring.monitors import Monitors
 from megatron_opd.preflight import Inputs
 from megatron_opd.rollout.steps import StepRollouts, Writers
+from megatron_opd.scoring.informed import Probe, frozen_log_probs, judge, student_log_probs
 from megatron_opd.scoring.megatron import MegatronScorer
 from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.scoring.sglang import SGLangScorer
@@ -60,6 +65,9 @@ class System:
 
 
 def build_system(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> System:
+    """Collective over the world. Raises OpdError where a model, or a server, cannot be used."""
+    for finding in inputs.findings:
+        _tell(finding)
     servers = start_servers(config, inputs, platform)
     try:
         return _build_parts(config, inputs, platform, layout, servers)
@@ -70,7 +78,7 @@ def build_system(config: Config, inputs: Inputs, platform: Platform, layout: Par
 
 
 def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout, servers: Fleet | None) -> System:
-    trainer = _build_trainer(config, inputs, platform, layout)
+    trainer = build_trainer(config, inputs, platform, layout)
     engines = build_engines(config, inputs, platform, trainer, servers)
     return System(
         rollouts=StepRollouts(
@@ -85,7 +93,7 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
         engine=engines.student,
         teacher_engine=engines.teacher,
         teacher=_build_teacher(config, inputs, platform, trainer, servers) if config.objective.needs_teacher else None,
-        reference=_build_reference(config, inputs, platform, layout),
+        reference=_build_reference(config, inputs, platform, trainer),
         trainer=trainer,
         weight_sync=engines.weight_sync,
         monitors=Monitors(config.monitors, config.rollout.sampling.max_new_tokens),
@@ -93,7 +101,7 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
     )
 
 
-def _build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Trainer:
+def build_trainer(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Trainer:
     chunks = build_model(inputs.student_spec, inputs.student_config, layout, platform)
     if config.student.init == "random":
         load_random(chunks, inputs.student_spec, layout, config.run.seed)
@@ -128,6 +136,7 @@ def _build_teacher(config: Config, inputs: Inputs, platform: Platform, trainer: 
             scorers[name] = _reach_scorer(config, inputs, trainer, folder, servers, name)
         else:
             scorers[name] = _build_scorer(config, inputs, platform, layout, folder, teacher_key(name), teacher.offload)
+            _check_informed(config, inputs, trainer, scorers[name], teacher_key(name), name)
     return scorers[""] if "" in scorers else RoutedScorer(scorers)
 
 
@@ -149,10 +158,32 @@ def _reach_scorer(config: Config, inputs: Inputs, trainer: Trainer, folder: HFFo
     return scorer
 
 
-def _build_reference(config: Config, inputs: Inputs, platform: Platform, layout: ParallelLayout) -> Scorer | None:
+def _build_reference(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer) -> Scorer | None:
     if config.reference is None or inputs.reference is None:
         return None
-    return _build_scorer(config, inputs, platform, layout, inputs.reference, "reference", config.reference.offload)
+    layout, folder = trainer.layout, inputs.reference
+    scorer = _build_scorer(config, inputs, platform, layout, folder, "reference", config.reference.offload)
+    _check_informed(config, inputs, trainer, scorer, "reference" if config.reference.model else "student", None)
+    return scorer
+
+
+def _check_informed(
+    config: Config, inputs: Inputs, trainer: Trainer, scorer: Scorer, section: str, teacher: str | None
+) -> None:
+    """Of a frozen model on the ranks; ``teacher``: its name, None for the reference. Raises OpdError where it knows nothing."""
+    written = config.mixture.student or config.mixture.teacher  # then the context has room for as many tokens
+    budget = config.rollout.sampling.max_new_tokens if written else None
+    probe = Probe.of(inputs.prompts, teacher, budget, inputs.dp_size, Multiples.of(config.layouts.values()))
+    student = None if teacher is None else student_log_probs(trainer, probe)
+    vocab_size = inputs.loss_vocab_size
+    suspicion = judge(section, frozen_log_probs(scorer, probe, trainer, vocab_size), probe, student, vocab_size)
+    if suspicion is not None:
+        _tell(f"warning: {suspicion}")
+
+
+def _tell(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"megatron-opd: {line}", file=sys.stderr, flush=True)
 
 
 def _build_scorer(

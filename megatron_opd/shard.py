@@ -63,22 +63,25 @@ class Shard:
         """Tensor name → shape, and dtype as safetensors spells it (``BF16``)."""
         return {name: (stored.shape, stored.dtype) for name, stored in self._stored.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        """A copy of its own."""
-        stored = self._stored[name]
-        return self._read(name, 0, stored.nbytes).reshape(stored.shape)
+    def nbytes(self, name: str) -> int:
+        return self._stored[name].nbytes
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def tensor(self, name: str, into: Tensor | None = None) -> Tensor:
+        """A copy of its own, or in ``into``: uint8 of as many bytes."""
+        stored = self._stored[name]
+        return self._read(name, 0, stored.nbytes, into).reshape(stored.shape)
+
+    def rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, all within it: [stop - start, ...]"""
         stored = self._stored[name]
         size = stored.nbytes // stored.shape[0] if stored.shape[0] else 0
-        return self._read(name, start * size, (stop - start) * size).reshape(stop - start, *stored.shape[1:])
+        return self._read(name, start * size, (stop - start) * size, into).reshape(stop - start, *stored.shape[1:])
 
-    def _read(self, name: str, start: int, nbytes: int) -> Tensor:
+    def _read(self, name: str, start: int, nbytes: int, into: Tensor | None) -> Tensor:
         stored = self._stored[name]
         if stored.dtype not in _DTYPES:
             raise OpdError(f"{self._file}: {name}: dtype {stored.dtype} is not supported; supported are {', '.join(_DTYPES)}")
-        content = torch.empty(nbytes, dtype=torch.uint8)
+        content = torch.empty(nbytes, dtype=torch.uint8) if into is None else into
         try:
             with self._file.open("rb", buffering=0) as stream:
                 if _state(stream.fileno()) != self._state:

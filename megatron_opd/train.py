@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opd.config import Config
+from megatron_opd.config import HELDOUT, Config
 from megatron_opd.data.packing import Multiples, context_slice, pack, padding_share
 from megatron_opd.data.token_weights import token_shares
 from megatron_opd.evaluation.evaluate import accuracy, evaluate
@@ -23,7 +23,7 @@ from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.monitoring.control import coefficients, control
 from megatron_opd.monitoring.lag import policy_lag
-from megatron_opd.preflight import Inputs, prepare
+from megatron_opd.preflight import Inputs, eval_sampling, prepare
 from megatron_opd.recovery import Recovery
 from megatron_opd.reporter import Reporter
 from megatron_opd.rollout.versions import check_versions
@@ -36,7 +36,6 @@ from megatron_opd.types import (
     PackedBatch,
     RolloutEngine,
     RunStopped,
-    SamplingParams,
     Scorer,
     StepStats,
     TrainState,
@@ -202,31 +201,34 @@ def _evaluate_start(config: Config, inputs: Inputs, system: System, state: Train
         return
     record = _evaluate(config, inputs, system.engine, state, "before")
     if config.eval.teacher and system.teacher_engine is not None:
-        _evaluate(config, inputs, system.teacher_engine, state, "teacher", frozen=True)
-        record["eval/teacher_accuracy"] = state.evaluations["teacher"]
+        teachers = _evaluate(config, inputs, system.teacher_engine, state, "teacher", frozen=True)
+        accuracies = {name: value for name, value in teachers.items() if name.endswith("/accuracy")}
+        record |= {name.removesuffix("accuracy") + "teacher_accuracy": value for name, value in accuracies.items()}
     reporter.start(state, record)
 
 
 def _evaluate(
     config: Config, inputs: Inputs, engine: RolloutEngine | None, state: TrainState, name: str, *, frozen: bool = False
 ) -> dict[str, float | None]:
-    """Evaluate on the held-out prompts, with the same draws each time; the accuracy is kept in ``state`` under ``name``.
+    """Evaluate on the held-out prompts and the tasks, with the same draws each time.
 
-    ``frozen``: not the student. Raises OpdError where other weights than the student's of now wrote.
+    The accuracy on the held-out prompts is kept in ``state`` under ``name``. ``frozen``: a teacher's engine, which several
+    teachers share, and only the held-out prompts say which one is theirs. Raises OpdError where other weights than the
+    student's of now wrote.
     """
     assert config.eval is not None and engine is not None
-    new_tokens = config.eval.max_new_tokens or config.rollout.sampling.max_new_tokens
-    sampling = SamplingParams(config.eval.temperature, 1.0, new_tokens, inputs.stop_ids, inputs.loss_vocab_size)
-    result = evaluate(engine, inputs.heldout, sampling, config.run.seed)
-    if not frozen:
-        check_versions(result.rollouts, state.policy_version, lag=0)
-    assert result.accuracy is not None  # preflight refuses held-out prompts without answers
-    state.evaluations[name] = result.accuracy
-    return {
-        "eval/accuracy": result.accuracy,
-        "eval/truncation_rate": result.truncation_rate,
-        "eval/length_mean": result.length_mean,
-    }
+    record: dict[str, float | None] = {}
+    for task in inputs.tasks:
+        if frozen and config.teachers and task.name != HELDOUT:
+            continue
+        result = evaluate(engine, task, eval_sampling(config.eval, inputs, task), config.run.seed, dist.group.WORLD)
+        if not frozen:
+            check_versions(result.rollouts, state.policy_version, lag=0)
+        record |= result.figures(task, config.monitors)
+        if task.name == HELDOUT:
+            assert result.accuracy is not None  # load_tasks refuses prompts without answers
+            state.evaluations[name] = result.accuracy
+    return record
 
 
 def _finish(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:

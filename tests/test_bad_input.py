@@ -109,6 +109,21 @@ def heldout_is_trained_on(folder: Path, _config: dict[str, Any]) -> None:
     (folder / "heldout.jsonl").write_text((folder / "train.jsonl").read_text())
 
 
+def teacher_is_the_student(folder: Path, config: dict[str, Any]) -> None:
+    """The same tensors in another folder, in several files."""
+    tensors = load_file(folder / "student" / "model.safetensors")
+    shutil.copytree(folder / "student", folder / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    for number, name in enumerate(tensors):
+        save_file({name: tensors[name]}, folder / "copy" / f"part-{number}.safetensors")
+    weight_map = {name: f"part-{number}.safetensors" for number, name in enumerate(tensors)}
+    (folder / "copy" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config["teacher"]["model"] = str(folder / "copy")
+
+
+def add_line(**line: Any) -> Change:
+    return rewrite("train.jsonl", lambda text: text + json.dumps({"prompt": "1 + 39 =", **line}) + "\n")
+
+
 def checkpoint_of_another_model(folder: Path, _config: dict[str, Any]) -> None:
     saved = folder / "run" / "checkpoints" / "iter_0000002"
     saved.mkdir(parents=True)
@@ -276,6 +291,40 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         ["max_new_tokens", "121", "121 positions"],
     ),
     "gold without solutions": (without_solutions, ["train.jsonl:1", "solution", "mixture.gold"]),
+    "solution that ends itself": (
+        add_line(answer="40", solution="1 + 39 = 40 <eos>"),
+        ["train.jsonl:61", "'solution'", "end token 1 ('<eos>')", "remove it"],
+    ),
+    "solution that goes on behind its end": (
+        add_line(answer="40", solution="40 <eos> 41"),
+        ["train.jsonl:61", "'solution'", "end token 1 ('<eos>')"],
+    ),
+    "solution with the teacher's end": (
+        both(
+            edit_json("teacher/generation_config.json", eos_token_id=[1, 47]), add_line(answer="40", solution="1 + 39 = . 40")
+        ),
+        ["train.jsonl:61", "end token 47 ('.')"],
+    ),
+    "empty answer": (add_line(answer=" ", solution="40"), ["train.jsonl:61", "'answer' is empty", "drop the key"]),
+    "held-out prompts without answers": (
+        rewrite("heldout.jsonl", lambda text: text.replace('"answer"', '"result"', 1)),
+        ["eval.prompts", "1 of 8 prompts", "line 1, id '10+0'", "heldout.jsonl", "add it"],
+    ),
+    "teacher that is the student": (
+        lambda folder, config: config["teacher"].update(model=str(folder / "student" / ".." / "student")),
+        ["teacher.model", "student's own weights", "teacher.self_distillation=true"],
+    ),
+    "teacher with the student's tensors": (teacher_is_the_student, ["teacher.model", "/copy", "student's own weights"]),
+    "served teacher that is the student": (
+        lambda folder, config: config["teacher"].update(backend="sglang", urls=["http://h:1"], model=str(folder / "student")),
+        ["teacher.model", "student's own weights"],
+    ),
+    "one of several teachers is the student": (
+        lambda folder, config: config.update(
+            teachers={"maths": config.pop("teacher"), "code": {"model": str(folder / "student")}}
+        ),
+        ["teachers.code.model", "student's own weights", "teachers.code.self_distillation=true"],
+    ),
     "nothing to train on": (put("mixture", {"student": 0, "teacher": 0, "gold": 0}), ["mixture", "at least one"]),
     "weight of a source is 0": (put("mixture.gold_weight", 0), ["mixture.gold_weight", "mixture.gold"]),
     "reference KL without a reference": (put("reference", None), ["loss.reference_kl", "reference"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_opd import cli
+from megatron_opd.report.panels import PANELS
+from megatron_opd.report.runs import read_runs
+from megatron_opd.report.samples import read_samples
 from tests import runs
 from tests.tiny_models import make_model
 
@@ -40,6 +46,23 @@ def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tupl
         assert set(record) >= FIXED_NAMES
         assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats: engine and trainer hold the same weights at every step
     assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 3, 6]
+
+
+def test_a_report_of_the_run_reads_everything_that_it_wrote(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = uninterrupted
+    (run,) = read_runs([folder / "run"])
+    assert run.notes == ()
+    drawn = {curve.name for panel in PANELS for curve in panel.curves}
+    aside = {"packing/padding", "policy_version", "time/step", "eval/teacher_accuracy"}  # in the page under other metrics
+    assert {name for name in run.curves.columns if name not in drawn} <= aside
+    assert sum(run.curves.histograms[1] or []) == 8  # the student's rollouts of a step
+    (samples,) = read_samples([run], None)
+    assert list(samples.by_step) == [1, 6]
+    for sample in samples.by_step[6]:
+        assert len(sample.repeated) == len(sample.pieces) > 0
+        assert sample.source != "student" or len(sample.advantages) == len(sample.pieces)
+    assert cli.main(["report", str(folder / "run")]) == 0
+    assert (folder / "run" / "report.html").is_file()
 
 
 def test_export_loads_in_transformers_and_generates(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
@@ -82,7 +105,7 @@ def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path
     tree["data"] = {"prompts": str(routed), "prompts_per_step": 4}
     tree["teachers"] = {
         "a": {"model": str(folder / "teacher"), "parallel": {"cp": 2}, "offload": True},
-        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True},
+        "b": {"model": str(folder / "student"), "parallel": {"pp": 2}, "offload": True, "self_distillation": True},
     }
     tree["student"] = {**config["student"], "offload": True}
     tree["reference"] = {"parallel": {"dp": 2}}
@@ -157,7 +180,7 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     checkpoint = str(folder / "run" / "checkpoints")
     loaded = {**config, "run": {"name": "loaded", "dir": str(folder / "loaded"), "steps": 1}, "eval": None}
     loaded["student"] = {**config["student"], "model": str(student), "load": checkpoint, "parallel": {"pp": 2}}
-    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}}
+    loaded["teacher"] = {"model": str(student), "load": checkpoint, "parallel": {"tp": 2}, "self_distillation": True}
     loaded["mixture"] = {"student": 2, "teacher": 0, "gold": 1}
     loaded["optimizer"] = {"lr": 1.0e-3, "warmup_steps": 0}
     result = runs.run(folder, loaded)
@@ -169,6 +192,23 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     exported, trained = (load_file(folder / name / "hf" / "model.safetensors") for name in ("loaded", "run"))
     moved = max(float((exported[name] - trained[name]).abs().max()) for name in trained)
     assert 0 < moved < 5e-3  # one step at a learning rate of 1e-3 from the weights that were saved
+
+
+def test_run_from_a_converted_student_is_the_run_from_its_folder(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    converter = [sys.executable, "-m", "tools.convert"]  # which hides GPUs from its process
+    subprocess.run([*converter, "to-megatron", str(folder / "student"), str(folder / "megatron")], check=True)
+    bare = folder / "config-and-tokenizer"  # the weights are nowhere but in the checkpoint
+    shutil.copytree(folder / "student", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    converted = {**config, "run": {**config["run"], "name": "converted", "dir": str(folder / "converted")}}
+    converted["student"] = {**config["student"], "model": str(bare), "load": str(folder / "megatron")}
+    result = runs.run(folder, converted)
+    assert result.returncode == 0, result.stderr
+    for one, other in zip(runs.metrics(folder / "run"), runs.metrics(folder / "converted"), strict=True):
+        assert one.keys() == other.keys()
+        assert [name for name in one if one[name] != other[name] and not name.startswith(TIMINGS)] == [], one["step"]
+    expected, actual = (load_file(folder / name / "hf" / "model.safetensors") for name in ("run", "converted"))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_run_stops_where_engine_and_trainer_disagree(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:

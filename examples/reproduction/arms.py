@@ -57,11 +57,56 @@ END_TOKENS = {
 }
 # Students that check more and begin with more truncation.
 EAGER = {
-    "eager_opd": Arm("OPD", OPD, student="eager_student", baseline="eager_opd"),
-    "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
-    "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
+    "eager_opd": Arm("OPD", OPD, student="eager_student", pairs=(0,), baseline="eager_opd"),
+    "eager_stableopd": Arm("StableOPD", (), student="eager_student", pairs=(0,), baseline="eager_opd"),
+    "eager_gold_only": Arm(
+        "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
+    ),
 }
-GROUPS = {"arms": ARMS, "controls": CONTROLS, "end_tokens": END_TOKENS, "eager": EAGER}
+# What is offered beyond the paper, token by token.
+OPTIONS = {
+    "truncated_left_out": control("truncated responses left out", "loss.truncated_weight=0"),
+    "tails_left_out": control("repeated tails left out", "loss.repeated_tail_weight=0"),
+    "length_budget": control("budget grows from 60 to 160 in 100 steps", "rollout.length_budget={start: 60, steps: 100}"),
+}
+# Terms too weak to hold by themselves, and what alarms make of them.
+WEAK = ("mixture.gold_weight=0.02", "loss.reference_kl=0.02")
+ACTIONS = {
+    "weak": Arm("StableOPD, λ_gold 0.02, β_KL 0.02", WEAK, pairs=(0,), baseline="weak"),
+    "rollback": Arm(
+        "with rollback on the early warning",
+        (
+            *WEAK,
+            "monitors.collapse.rollback=1.0",
+            "monitors.rollback.gold_weight_factor=10",
+            "monitors.rollback.reference_kl_factor=5",
+            "monitors.repetition.warn=null",
+            "checkpoint.every=5",
+            "checkpoint.keep=3",
+        ),
+        pairs=(0,),
+        baseline="weak",
+    ),
+    "control": Arm(
+        "with control",
+        (
+            *WEAK,
+            "monitors.control.truncation_target=0.05",
+            "monitors.control.reference_kl_target=0.05",
+            "monitors.control.rate=0.5",
+        ),
+        pairs=(0,),
+        baseline="weak",
+    ),
+}
+GROUPS = {
+    "arms": ARMS,
+    "controls": CONTROLS,
+    "end_tokens": END_TOKENS,
+    "eager": EAGER,
+    "options": OPTIONS,
+    "actions": ACTIONS,
+}
 EVERY = {name: arm for group in GROUPS.values() for name, arm in group.items()}
 
 

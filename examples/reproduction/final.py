@@ -13,7 +13,8 @@ from examples.reproduction.make_models import WORK
 from megatron_opd.config_file import load_config
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import load_tokenizer, stop_ids
-from megatron_opd.evaluation.evaluate import correctness, evaluate
+from megatron_opd.evaluation.evaluate import evaluate
+from megatron_opd.evaluation.tasks import Task
 from megatron_opd.monitoring.repetition import repeated_ngram_share
 from megatron_opd.rollout.embedded import EmbeddedEngine
 from megatron_opd.types import SamplingParams
@@ -61,10 +62,13 @@ def responses(model: Path, max_new_tokens: int) -> list[Response]:
         model, tokenizer, dtype=torch.float32, device=torch.device("cpu"), max_batch_size=len(heldout), load=True, group=None
     )
     sampling = SamplingParams(1.0, 1.0, max_new_tokens, ends, len(tokenizer))
-    rollouts = evaluate(engine, heldout, sampling, _SEED).rollouts
+    result = evaluate(engine, Task("heldout", str(WORK / "heldout.jsonl"), heldout, 1, max_new_tokens), sampling, _SEED)
     return [
         Response(
-            bool(correct), rollout.finish_reason == "length", len(rollout.response_ids), repeated_ngram_share([rollout]) or 0.0
+            verdict.correct,
+            rollout.finish_reason == "length",
+            len(rollout.response_ids),
+            repeated_ngram_share([rollout]) or 0.0,
         )
-        for rollout, correct in zip(rollouts, correctness(rollouts), strict=True)
+        for rollout, verdict in zip(result.rollouts, result.verdicts, strict=True)
     ]

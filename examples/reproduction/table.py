@@ -14,6 +14,7 @@ import numpy as np
 
 from examples.reproduction.arms import ARMS, EVERY, GROUPS, PAIRS, run_folder
 from examples.reproduction.depth import DEPTHS, goes_on
+from examples.reproduction.early_warning import early_warning, early_warning_summary, early_warning_table
 from examples.reproduction.final import Response, read_responses
 from examples.reproduction.make_models import HERE, WORK
 
@@ -30,11 +31,13 @@ Row = dict[str, Any]
 
 def main() -> None:
     groups = {name: rows_of(group) for name, group in GROUPS.items()}
-    results = {"models": models(), **groups, "depth": depth(), "repeated": repeated()}
+    results = {"models": models(), **groups, "depth": depth(), "repeated": repeated(), "early_warning": early_warning()}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     tables = {"models": models_table(results["models"]), "depth": depth_table(results["depth"])}
     tables["repeated"] = repeated_table(results["repeated"])
+    tables["early_warning"] = early_warning_table(results["early_warning"])
+    tables["early_warning_summary"] = early_warning_summary(results["early_warning"])
     tables |= {name: runs_table(rows) for name, rows in groups.items()}
     page = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():

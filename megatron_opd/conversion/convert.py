@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_opd.config import ParallelConfig
+from megatron_opd.conversion.digests import source_checks
 from megatron_opd.conversion.safetensors_file import content, file_names, header, write_index
-from megatron_opd.conversion.target import OutputFile, copy_all_but_weights, file_check, identity_of, new_folder, recorded
+from megatron_opd.conversion.target import OutputFile, check_links, copy_all_but_weights, identity_of, new_folder
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, entry_bytes
-from megatron_opd.conversion.workers import Report, StartReport, share
+from megatron_opd.conversion.workers import Report, StartReport
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
 from megatron_opd.mcore.families import LM_HEAD
@@ -31,7 +31,7 @@ from megatron_opd.types import OpdError
 
 RELEASE = "release"  # Megatron-LM's name for weights that no training step of its own has made
 HF_FILES = "hf"  # beside it: config.json, tokenizer and so on, byte for byte
-_FORMAT = 2  # counts up when other files are written for the same model: those of before are not gone on with
+_FORMAT = 3  # counts up when other files are written for the same model: those of before are not gone on with
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
         dtype: of the result, but for buffers; None: as the source has it.
     """
     folder = HFFolder(source)
+    check_links(source)
     read = _Source([source])
-    weights = HFWeights(folder, model_spec(folder, parallel, "source"))
-    _check_digests([source], work)
+    weights = HFWeights(folder, model_spec(folder, parallel, "source", axes="--"))
+    checks = [] if work.trusting else source_checks([source])
     if weights.repeats_head:
         work.say(f"{source}: {LM_HEAD.hf[0]} repeats the embedding that it is tied to, and is left out")
     spec = weights.spec
@@ -86,7 +87,7 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
     needed = sum(place.numel * dtypes[name].itemsize for name in table for place in plan.places[name])
     identity = _identity("to-megatron", read, dtype, work, layout=parallel.model_dump())
     with new_folder(target, needed, identity, work.say) as partial:
-        ends = partial.write([output(number) for number in range(len(files.names))], work.processes, work.start)
+        ends = partial.write([output(number) for number in range(len(files.names))], checks, work.processes, work.start)
         files.finish(partial.folder / RELEASE, ends)
         copy_all_but_weights(source, partial.folder / HF_FILES)
         if dtype is not None:
@@ -103,9 +104,10 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
         dtype: of the result, but for buffers, also in its config.json; None: as the source has it.
     """
     files = config_folder(source, config)
+    check_links(files.path)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
     read = _Source([weights.path, files.path])
-    _check_digests([source, weights.path], work)
+    checks = [] if work.trusting else source_checks([source, weights.path])
     # One Hugging Face tensor, or the stack of a layer's experts, is written entry by entry.
     groups = list(by_tensors(entries(weights.spec.architecture, weights.spec.dims)))
     buffers = {name for group in groups if group[0].buffer for name in group[0].hf}
@@ -133,7 +135,7 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
 
     identity = _identity("to-hf", read, dtype, work)
     with new_folder(target, sum(info.nbytes for info in infos.values()), identity, work.say) as partial:
-        partial.write([output(*each) for each in zip(stored, shards, strict=True)], work.processes, work.start)
+        partial.write([output(*each) for each in zip(stored, shards, strict=True)], checks, work.processes, work.start)
         write_index(partial.folder, stored)
         copy_all_but_weights(files.path, partial.folder)
         stored_as = {info.dtype for name, info in infos.items() if name not in buffers}
@@ -222,14 +224,3 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if cast is not tensor and not bool((cast.isfinite() | ~tensor.isfinite()).all()):
         raise OpdError(f"{name}: has numbers that are too large for {_name(dtype)}; choose another --dtype")
     return cast
-
-
-def _check_digests(folders: Sequence[Path], work: Work) -> None:
-    """The source's files against what lies beside them. Raises OpdError."""
-    files = [] if work.trusting else [(folder, *each) for folder in folders for each in recorded(folder).items()]
-
-    report = work.start(sum(size for *_, (size, _) in files)) if files else lambda _: None
-    with closing(share([file_check(*each) for each in files], work.processes, report)) as done:
-        for _, lines in done:
-            for line in lines:
-                raise OpdError(f"{line}; copy it again, or take it as it is with --trust-source")

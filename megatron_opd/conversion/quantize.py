@@ -15,7 +15,7 @@ import torch
 
 from megatron_opd.conversion.convert import Work, config_folder, to_hf
 from megatron_opd.conversion.modelopt_export import CALIBRATED, Export, export_in_child
-from megatron_opd.conversion.target import copy_all_but_weights, new_folder
+from megatron_opd.conversion.target import check_links, copy_all_but_weights, new_folder
 from megatron_opd.conversion.workers import Interrupted
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import load_tokenizer, stop_ids
@@ -60,6 +60,7 @@ def to_quantized_hf(
     if is_hf and config is not None:
         raise OpdError(f"--hf: {config}, but {source} is a Hugging Face folder with a config.json of its own; remove it")
     files = HFFolder(source) if is_hf else config_folder(source, config)
+    check_links(files.path)
     if is_hf:
         files.check_tensors()
     prompts = _prompts(files, quantization)

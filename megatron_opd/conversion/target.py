@@ -7,27 +7,25 @@ that are finished, from which the same command goes on after a kill.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_opd.conversion.digests import MANIFEST, Digesting, Digests, SourceCheck, manifest_text
 from megatron_opd.conversion.workers import Interrupted, Report, StartReport, Task, portable, share
 from megatron_opd.hf_folder import INDEX
-from megatron_opd.mcore.checkpoint_files import STATE, list_files, read_state, root_cause
+from megatron_opd.mcore.checkpoint_files import list_files, root_cause
 from megatron_opd.types import OpdError
 
-MANIFEST = "manifest.json"
 _FILES, _JOURNAL = "files", "journal.jsonl"
-_STORED = {".safetensors", ".distcp"}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _BUFFER = 1 << 16  # bytes
-_BLOCK = 1 << 20  # bytes; what is digested is still in the processor's cache when it is written
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class OutputFile:
 class Written:
     """A file that is on the disk."""
 
-    nbytes: int
-    digest: str  # BLAKE2b, of the bytes on their way to the disk
+    digests: Digests  # of the bytes on their way to the disk
     notes: list[int]  # what its `write` has returned
 
 
@@ -61,29 +58,36 @@ class Partial:
     def __init__(self, folder: Path, journal: BinaryIO, finished: dict[str, Written]) -> None:
         self.folder, self._journal, self.finished = folder, journal, finished
 
-    def write(self, files: Sequence[OutputFile], processes: int, start: StartReport) -> list[list[int]]:
-        """What each file's ``write`` has returned. Those that are finished are left as they are.
+    def write(
+        self, files: Sequence[OutputFile], checks: Sequence[SourceCheck], processes: int, start: StartReport
+    ) -> list[list[int]]:
+        """What each file's ``write`` has returned. Those that are finished are left as they are; ``checks`` run all.
 
         Raises OpdError or OSError; Interrupted where the same command may go on.
         """
         missing = [file for file in files if file.name not in self.finished]
         for folder in {(self.folder / file.name).parent for file in missing}:
             folder.mkdir(exist_ok=True)
-        report = start(sum(file.source_bytes for file in missing))
-        tasks = [self._task(file) for file in missing]
+        report = start(sum(file.source_bytes for file in missing) + sum(check.expected.nbytes for check in checks))
+        # Each file of the source is checked shortly before what is probably made of it, and then found in the system's cache.
+        begin = [*_begins([check.expected.nbytes for check in checks]), *_begins([file.source_bytes for file in missing])]
+        work: list[SourceCheck | OutputFile] = [*checks, *missing]
+        ordered = [work[number] for number in sorted(range(len(work)), key=begin.__getitem__)]
+        tasks: list[Task[Written | None]] = [each if isinstance(each, SourceCheck) else self._task(each) for each in ordered]
         with closing(share(tasks, processes, report)) as done:  # no process writes any more when this has failed
             for number, written in done:
-                self._record(missing[number].name, written)
+                if written is not None:
+                    self._record(ordered[number].name, written)
         return [self.finished[file.name].notes for file in files]
 
-    def _task(self, file: OutputFile) -> Callable[[Report], Written]:
+    def _task(self, file: OutputFile) -> Task[Written | None]:
         def write(report: Report) -> Written:
             with (self.folder / file.name).open("wb", buffering=_BUFFER) as raw:
-                stream = _Digesting(raw)
+                stream = Digesting(raw)
                 notes = file.write(stream, report)  # type: ignore[arg-type]  # of a stream, all that writing needs
                 raw.flush()
                 os.fsync(raw.fileno())
-                return Written(raw.tell(), stream.digest(), notes)
+                return Written(stream.digests(), notes)
 
         return write
 
@@ -95,10 +99,10 @@ class Partial:
         """Of all files; of those that :meth:`write` has not written, which are small, after reading them."""
         rest = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         small = list_files([path for path in rest if self._name(path) not in self.finished], self.folder, to_disk=True)
-        listed = {name: (written.nbytes, written.digest) for name, written in self.finished.items()} | small
-        content = {name: {"bytes": size, "blake2b": digest} for name, (size, digest) in sorted(listed.items())}
+        listed = {name: Digests(size, digest, int(crc, 16)) for name, (size, digest, crc) in small.items()}
+        listed |= {name: written.digests for name, written in self.finished.items()}
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"files": content}, indent=2) + "\n")
+            file.write(manifest_text(listed))
             file.flush()
             os.fsync(file.fileno())
         for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
@@ -108,32 +112,19 @@ class Partial:
         return str(path.relative_to(self.folder))
 
 
-class _Digesting:
-    """Passes on what is written, and keeps its digest."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._hash = stream, hashlib.blake2b(digest_size=16)
-        self.tell, self.flush = stream.tell, stream.flush
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK):
-            block = view[start : start + _BLOCK]
-            self._hash.update(block)
-            self._stream.write(block)
-        return len(view)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+def _begins(sizes: Sequence[int]) -> list[float]:
+    """Where each of consecutive pieces begins, as a share of them all."""
+    ends = list(accumulate(sizes, initial=0))
+    return [end / (ends[-1] or 1) for end in ends[:-1]]
 
 
 @contextmanager
 def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callable[[str], None]) -> Iterator[Partial]:
     """Give a folder to fill, and show it as ``target`` when the block ends well.
 
-    Where the block raises OpdError or OSError nothing is left. After a kill, an interrupt or Interrupted, finished files are
-    kept for the next call with the same ``identity``. It compares their sizes; their content was digested on its way to the
-    disk, and ``verify`` reads it again.
+    Where the block raises OpdError or OSError nothing is left, nor parents that this call has made. After a kill, an interrupt
+    or Interrupted, finished files are kept for the next call with the same ``identity``. It compares their sizes; their content
+    was digested on its way to the disk, and ``verify`` reads it again.
 
     Args:
         needed: bytes that will be written.
@@ -148,12 +139,16 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
         raise OpdError(f"{target}: is a mount point, in whose place no folder can be put; give a folder in it")
     path = target.resolve()
     partial = path.with_name(f".{path.name}.partial")
+    parents = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     with ExitStack() as stack:
         try:
             result = _resumed(partial, target, identity, say, stack)
-            _check_disk(target, needed - sum(written.nbytes for written in result.finished.values()) if result else needed)
+            _check_disk(
+                target, needed - sum(written.digests.nbytes for written in result.finished.values()) if result else needed
+            )
             result = result or _begun(partial, identity, stack)
         except OSError as error:
+            _remove_empty(parents)
             raise OpdError(f"{target}: cannot be written ({root_cause(error)}); give another target") from error
         try:
             yield result
@@ -165,12 +160,23 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
         except OSError as error:
             if isinstance(portable(error), Interrupted):
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial, parents)
             raise OpdError(f"{target}: cannot be written ({root_cause(error)}); nothing is left of it") from error
         except OpdError:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial, parents)
             raise
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(partial: Path, parents: Sequence[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    _remove_empty(parents)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not there, or of use to somebody by now
+            folder.rmdir()
 
 
 def _resumed(
@@ -188,8 +194,8 @@ def _resumed(
         recorded = _read_journal(journal)
         files = partial / _FILES
         if recorded and recorded[0] == identity and files.is_dir():
-            finished = {entry["name"]: Written(entry["nbytes"], entry["digest"], entry["notes"]) for entry in recorded[1:]}
-            finished = {name: written for name, written in finished.items() if _has_size(files / name, written.nbytes)}
+            finished = {entry["name"]: Written(Digests(**entry["digests"]), entry["notes"]) for entry in recorded[1:]}
+            finished = {name: written for name, written in finished.items() if _has_size(files / name, written.digests.nbytes)}
             for path in files.rglob("*"):
                 if path.is_file() and str(path.relative_to(files)) not in finished:
                     path.unlink()
@@ -264,43 +270,16 @@ def identity_of(folder: Path) -> dict[str, list[int]]:
     return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}
 
 
+def check_links(folder: Path) -> None:
+    """Raises OpdError for a link to nothing, as half a download leaves it: :func:`copy_all_but_weights` would leave it out."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists():
+            raise OpdError(f"{file}: a link to {os.readlink(file)}, which is not there; download it again, or delete the link")
+
+
 def copy_all_but_weights(source: Path, target: Path) -> None:
     """config.json, generation config, tokenizer and whatever else lies there, byte for byte."""
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (INDEX, MANIFEST):
             shutil.copyfile(file, target / file.name)
-
-
-def manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and digest by file; nothing where ``folder`` has none. Raises OpdError."""
-    file = folder / MANIFEST
-    if not file.is_file():
-        return {}
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))["files"]
-        return {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OpdError(f"{file}: cannot be read ({root_cause(error)}); delete it to compare without it") from error
-
-
-def recorded(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and digest of the weights' files, by a conversion's manifest or a run's ``state.json``. Raises OpdError."""
-    files = manifest(folder)
-    if (folder / STATE).is_file():
-        files |= {name: (int(size), str(digest)) for name, (size, digest) in read_state(folder)["files"].items()}
-    return {name: entry for name, entry in files.items() if Path(name).suffix in _STORED or Path(name).name == ".metadata"}
-
-
-def file_check(folder: Path, name: str, expected: tuple[int, str]) -> Task[list[str]]:
-    """How one file differs from the manifest of ``folder``, if it does: a line. Reads it."""
-
-    def check(report: Report) -> list[str]:
-        file = folder / name
-        if not file.is_file():
-            return [f"{file}: missing"]
-        found = list_files([file], folder, to_disk=False)[name]
-        report(expected[0])
-        return [] if found == expected else [f"{file}: has changed since it was written"]
-
-    return check

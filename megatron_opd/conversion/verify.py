@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import HF_FILES
-from megatron_opd.conversion.target import MANIFEST, file_check, manifest
+from megatron_opd.conversion.digests import MANIFEST, file_check, manifest
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, entry_bytes, same
 from megatron_opd.conversion.workers import Report, StartReport, Task, share
 from megatron_opd.hf_folder import INDEX, TEXTS, HFFolder
@@ -37,7 +37,7 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
     sizes = [entry_bytes(left, entry) for entry in common]
     tasks: list[Task[list[str]]] = [file_check(*file) for file in files]
     tasks += [_tensor_check(left, right, [common[n] for n in part]) for part in consecutive(sizes, _SHARED)]
-    report = start(sum(size for *_, (size, _) in files) + sum(sizes))
+    report = start(sum(expected.nbytes for *_, expected in files) + sum(sizes))
     with closing(share(tasks, processes, report)) as done:
         found = dict(done)
     lines = _config_differences(mine, theirs) if mine != theirs else ()
@@ -74,6 +74,8 @@ def is_hf(path: Path) -> bool:
 def config_for(one: Path, other: Path, config: Path | None) -> tuple[Path, Path]:
     """The folder of the config.json that each of the two goes by: its own, ``config`` or the other's. Raises OpdError."""
     mine, theirs = _config_of(one), _config_of(other)
+    if config is not None and mine is not None and theirs is not None:
+        raise OpdError(f"--hf: {config}, but {one} and {other} bring a config.json each; remove it")
     fallback = config or mine or theirs
     if fallback is None:
         raise OpdError(f"{one}: no config.json here or in {other}; name the Hugging Face folder of this model with --hf")

@@ -70,7 +70,7 @@ class HFWeights:
         }
 
     def read(self, entry: Entry) -> list[Tensor]:
-        return [self.folder.tensor(name, entry.index) for name in entry.hf]
+        return self.folder.tensors(entry.hf, entry.index)
 
     def _check_repeated_head(self) -> None:
         """Some folders store the tied head a second time: it says nothing new, or config.json lies."""

@@ -31,11 +31,8 @@ def compare_tokenizers(student: Path, teacher: Path) -> Comparison:
     lines += [f"  id {index}: {one!r} / {other!r}" for index, one, other in differing[:_SHOWN]]
     if len(differing) > _SHOWN:
         lines.append(f"  and {len(differing) - _SHOWN} more ids")
-    lines += _roles(ours, theirs)
     lines += _ends((student, ours), (teacher, theirs))
-    if cast(Any, ours).chat_template != cast(Any, theirs).chat_template:
-        lines.append("chat template: differs; prompts take the student's, so both models see the same ids")
-    lines += [f"text {text[:30]!r}: other ids" for text in SAMPLES if _ids(ours, text) != _ids(theirs, text)]
+    lines += disagreements(ours, theirs)
     if not any(_stop_ids(*each) for each in ((student, ours), (teacher, theirs))):
         return Comparison(
             False, (*lines, "not compatible: neither has an end token; set eos_token_id in generation_config.json")
@@ -44,11 +41,30 @@ def compare_tokenizers(student: Path, teacher: Path) -> Comparison:
     return Comparison(not differing, (*lines, verdict))
 
 
+def disagreements(student: Tokenizer, teacher: Tokenizer) -> list[str]:
+    """Of two tokenizers whose ids are the same tokens: roles, which tokens are special, chat template, ids of sample texts."""
+    lines = [*_roles(student, teacher), *_special(student, teacher)]
+    if cast(Any, student).chat_template != cast(Any, teacher).chat_template:
+        lines.append("chat template: differs; prompts take the student's, so both models see the same ids")
+    return lines + [f"text {text[:30]!r}: other ids" for text in SAMPLES if _ids(student, text) != _ids(teacher, text)]
+
+
 def _roles(ours: Tokenizer, theirs: Tokenizer) -> Iterator[str]:
     for role in _ROLES:
         one, other = (_token(each, role) for each in (ours, theirs))
         if one != other:
             yield f"{role}: {one} / {other}"
+
+
+def _special(ours: Tokenizer, theirs: Tokenizer) -> Iterator[str]:
+    """Tokens that only one of them takes out of a text before it is cut, and leaves out of what it shows."""
+    one, other = (
+        {index for index, token in cast(Any, each).added_tokens_decoder.items() if token.special} for each in (ours, theirs)
+    )
+    for whose, ids in (("student", one - other), ("teacher", other - one)):
+        if ids:
+            shown = ", ".join(f"{index} ({ours.decode([index])!r})" for index in sorted(ids)[:_SHOWN])
+            yield f"special for the {whose} alone: {shown}" + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
 
 
 def _token(tokenizer: Tokenizer, role: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ def load_prompts(
     stop_id: int,
     max_prompt_tokens: int,
     require_solutions: bool,
+    end_ids: Collection[int] = (),
     limit: int | None = None,
     max_sequence_tokens: int | None = None,
     teachers: Collection[str] = ("",),
@@ -32,6 +33,7 @@ def load_prompts(
     Args:
         max_prompt_tokens: longest prompt allowed, tokens.
         require_solutions: every line must have ``solution``.
+        end_ids: tokens that end a response; a solution holds none of them itself.
         max_sequence_tokens: longest prompt with its gold response allowed, tokens; None: any.
         teachers: names to choose from in ``teacher``; a single "" is given to every prompt.
 
@@ -48,7 +50,7 @@ def load_prompts(
     line_of_uid: dict[str, int] = {}
     for number, line in enumerate(lines[:limit], start=1):
         where = f"{file}:{number}"
-        prompt = _parse(where, line, str(number), tokenizer, stop_id, teachers)
+        prompt = _parse(where, line, str(number), tokenizer, stop_id, {stop_id, *end_ids}, teachers)
         if len(prompt.token_ids) > max_prompt_tokens:
             raise OpdError(
                 f"{where}: the prompt has {len(prompt.token_ids)} tokens, but the context leaves {max_prompt_tokens};"
@@ -68,6 +70,14 @@ def load_prompts(
         line_of_uid[prompt.uid] = number
         prompts.append(prompt)
     return prompts
+
+
+def count_faults(prompts: Sequence[Prompt], fault: Callable[[Prompt], bool]) -> str:
+    """``3 of 60 prompts (the first in line 7, id 'x')``; empty where none has the fault."""
+    lines = [number for number, prompt in enumerate(prompts, start=1) if fault(prompt)]  # a prompt is a line
+    if not lines:
+        return ""
+    return f"{len(lines)} of {len(prompts)} prompts (the first in line {lines[0]}, id {prompts[lines[0] - 1].uid!r})"
 
 
 class PromptDataset:
@@ -108,7 +118,15 @@ class PromptDataset:
         return self._order
 
 
-def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop_id: int, teachers: Collection[str]) -> Prompt:
+def _parse(
+    where: str,
+    line: bytes,
+    default_uid: str,
+    tokenizer: Tokenizer,
+    stop_id: int,
+    end_ids: Collection[int],
+    teachers: Collection[str],
+) -> Prompt:
     record = _decode(where, line)
     if ("prompt" in record) == ("messages" in record):
         problem = "both 'prompt' and 'messages'" if "prompt" in record else "neither 'prompt' nor 'messages'"
@@ -117,13 +135,15 @@ def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop
         text = _string(where, record, "prompt")
         token_ids = tokenizer.encode(text)
     else:
-        text = _render(where, record["messages"], tokenizer)
+        text = render(where, record["messages"], tokenizer)
         token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
     if not token_ids:
         raise OpdError(f"{where}: the prompt has no tokens; a response needs at least one token to follow")
-    solution = _string(where, record, "solution") if record.get("solution") is not None else None
-    if solution == "":
-        raise OpdError(f"{where}: 'solution' is empty; write one or drop the key")
+    solution, answer = (_string(where, record, key) if record.get(key) is not None else None for key in ("solution", "answer"))
+    for key, value in (("solution", solution), ("answer", answer)):
+        if value is not None and not value.strip():
+            raise OpdError(f"{where}: {key!r} is empty; write one or drop the key")
+    solution_ids = None if solution is None else (*_solution_ids(where, solution, tokenizer, end_ids), stop_id)
     uid = record.get("id", default_uid)
     if type(uid) not in (str, int):
         raise OpdError(f"{where}: 'id' is {uid!r}; it must be a string or an integer")
@@ -134,11 +154,22 @@ def _parse(where: str, line: bytes, default_uid: str, tokenizer: Tokenizer, stop
         uid=str(uid),
         token_ids=tuple(token_ids),
         text=text,
-        answer=_string(where, record, "answer") if record.get("answer") is not None else None,
-        solution_ids=None if solution is None else (*tokenizer.encode(solution, add_special_tokens=False), stop_id),
+        answer=answer,
+        solution_ids=solution_ids,
         solution=solution,
         teacher=teacher,
     )
+
+
+def _solution_ids(where: str, solution: str, tokenizer: Tokenizer, end_ids: Collection[int]) -> list[int]:
+    """Without an end token: one within would teach to go on behind it, one at the end to end twice."""
+    ids = tokenizer.encode(solution, add_special_tokens=False)
+    within = next((index for index in ids if index in end_ids), None)
+    if within is not None:
+        raise OpdError(
+            f"{where}: 'solution' holds end token {within} ({tokenizer.decode([within])!r}); the run appends it, so remove it"
+        )
+    return ids
 
 
 def _decode(where: str, line: bytes) -> dict[str, Any]:
@@ -166,7 +197,7 @@ def _string(where: str, record: dict[str, Any], key: str) -> str:
     return value
 
 
-def _render(where: str, messages: Any, tokenizer: Tokenizer) -> str:
+def render(where: str, messages: Any, tokenizer: Tokenizer) -> str:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise OpdError(f"{where}: 'messages' must be a non-empty list of objects with role and content")
     conversation = [{key: _string(where, message, key) for key in ("role", "content")} for message in messages]

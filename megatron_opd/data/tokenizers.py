@@ -53,6 +53,14 @@ def stop_ids(folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def solution_end(tokenizer: Tokenizer, stops: tuple[int, ...]) -> int:
+    """Of the end tokens ``stops`` that which gold solutions end with: the tokenizer's own, where it names one.
+
+    The smallest is another one in many chat models: Llama-3's <|end_of_text|> instead of <|eot_id|>.
+    """
+    return stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
 def check_same_tokenizer(student: Tokenizer, teacher: Tokenizer, student_name: str, teacher_name: str) -> None:
     """Raises OpdError unless both give every id, special tokens included, to the same token.
 

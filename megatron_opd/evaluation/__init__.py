@@ -1,6 +1,18 @@
-"""Answer verification and accuracy."""
+"""Answer verification, benchmarks, accuracy."""
 
 from megatron_opd.evaluation.evaluate import EvalResult, accuracy, correctness, evaluate
-from megatron_opd.evaluation.verify import extract_answer, is_correct
+from megatron_opd.evaluation.tasks import Task, load_tasks
+from megatron_opd.evaluation.verify import Verdict, extract_answer, is_correct, judge
 
-__all__ = ["EvalResult", "accuracy", "correctness", "evaluate", "extract_answer", "is_correct"]
+__all__ = [
+    "EvalResult",
+    "Task",
+    "Verdict",
+    "accuracy",
+    "correctness",
+    "evaluate",
+    "extract_answer",
+    "is_correct",
+    "judge",
+    "load_tasks",
+]

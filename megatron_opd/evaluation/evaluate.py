@@ -7,41 +7,119 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_opd.evaluation.verify import is_correct
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_opd.config import MonitorsConfig
+from megatron_opd.evaluation.estimates import Item, majority, mean_of_items, pass_at
+from megatron_opd.evaluation.tasks import Task
+from megatron_opd.evaluation.verify import Verdict, canonical, judge
+from megatron_opd.monitoring.length import length_stats, truncation_rate
+from megatron_opd.monitoring.repetition import repeated_ngram_share, repetition_rate
 from megatron_opd.types import Prompt, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Source
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluation; a figure is None where there was nothing to measure."""
+    """One evaluation of one task; a figure is None where there was nothing to measure."""
 
-    accuracy: float | None
-    truncation_rate: float | None
-    length_mean: float | None  # tokens
     rollouts: list[Rollout]
+    verdicts: list[Verdict]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right responses."""
+        return statistics.fmean(verdict.correct for verdict in self.verdicts) if self.verdicts else None
+
+    @property
+    def items(self) -> list[Item]:
+        """The responses to each prompt together."""
+        votes: dict[str, list[tuple[bool, str | None]]] = {}
+        for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True):
+            votes.setdefault(rollout.prompt.uid, []).append((verdict.correct, vote(verdict)))
+        return [Item(uid, tuple(each)) for uid, each in votes.items()]
+
+    def figures(self, task: Task, monitors: MonitorsConfig) -> dict[str, float | None]:
+        """As metrics.jsonl has them."""
+        lengths, items, n = length_stats(self.rollouts), self.items, task.samples
+        texts = [rollout.text for rollout in self.rollouts]
+        figures = {
+            "accuracy": self.accuracy,
+            "truncation_rate": truncation_rate(self.rollouts),
+            "repetition_rate": repetition_rate(texts, monitors.repetition_tail_chars, monitors.repetition_threshold),
+            "repeated_ngrams": repeated_ngram_share(self.rollouts),
+            "length_mean": lengths.mean if lengths else None,
+            "length_p50": lengths.p50 if lengths else None,
+            "length_p95": lengths.p95 if lengths else None,
+            "length_max": lengths.max if lengths else None,
+            "unverified": unverified(self.verdicts),
+        }
+        if n > 1:
+            figures |= {
+                "pass_at_1": mean_of_items(items, lambda item: pass_at(item, 1)),
+                f"pass_at_{n}": mean_of_items(items, lambda item: pass_at(item, n)),
+                f"maj_at_{n}": mean_of_items(items, majority),
+            }
+        return {f"{task.prefix}/{name}": value for name, value in figures.items()}
 
 
-def evaluate(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams, seed: int) -> EvalResult:
-    """One response for each prompt, drawn from a seed of (``seed``, prompt): the same draws at every evaluation of a run.
+def vote(verdict: Verdict) -> str | None:
+    """What a majority is counted by; None: no answer."""
+    return None if verdict.stated is None else canonical(verdict.stated)
 
-    Collective, as the engine is: all ranks call it with the same arguments.
+
+def unverified(verdicts: Sequence[Verdict]) -> float | None:
+    """Share of responses about which the verification says nothing: no answer, none that can be read, timeout or crash."""
+    return statistics.fmean(verdict.outcome != "ok" for verdict in verdicts) if verdicts else None
+
+
+def evaluate(
+    engine: RolloutEngine, task: Task, sampling: SamplingParams, seed: int, group: ProcessGroup | None = None
+) -> EvalResult:
+    """``task.samples`` responses to each prompt, drawn from seeds of their own: the same draws at every evaluation of a run.
+
+    Collective, as the engine is: all ranks call it with the same arguments and get the same result.
+
+    Args:
+        group: whose ranks share the verification; None: each verifies all.
     """
-    requests = [
-        RolloutRequest(prompt, Source.STUDENT, 0, random.Random(f"evaluation:{seed}:{prompt.uid}").getrandbits(63))
-        for prompt in prompts
-    ]
-    rollouts = engine.generate(requests, sampling)
-    return EvalResult(
-        accuracy=accuracy(rollouts),
-        truncation_rate=statistics.fmean(r.finish_reason == "length" for r in rollouts) if rollouts else None,
-        length_mean=statistics.fmean(len(r.response_ids) for r in rollouts) if rollouts else None,
-        rollouts=rollouts,
-    )
+    rollouts = engine.generate(requests(task, seed), sampling)
+    return EvalResult(rollouts, verify(rollouts, group))
+
+
+def requests(task: Task, seed: int) -> list[RolloutRequest]:
+    """All of a task's, the samples of a prompt together."""
+    return [request(prompt, sample, seed) for prompt in task.prompts for sample in range(task.samples)]
+
+
+def request(prompt: Prompt, sample: int, seed: int) -> RolloutRequest:
+    """With draws from (``seed``, prompt, sample)."""
+    place = f"{prompt.uid}:{sample}" if sample else prompt.uid
+    return RolloutRequest(prompt, Source.STUDENT, sample, random.Random(f"evaluation:{seed}:{place}").getrandbits(63))
+
+
+def verify(rollouts: Sequence[Rollout], group: ProcessGroup | None = None) -> list[Verdict]:
+    """Of rollouts whose prompts have answers. Collective over ``group``, whose ranks take a share each; None: all here.
+
+    Equal on all ranks of the group, though a timeout may depend on the machine.
+    """
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    shares: list[list[Verdict]] = [[] for _ in range(ranks)]
+    shares[rank] = [_judge(rollout) for rollout in rollouts[rank::ranks]]
+    if group is not None:
+        dist.all_gather_object(shares, shares[rank], group=group)
+    return [shares[place % ranks][place // ranks] for place in range(len(rollouts))]
+
+
+def _judge(rollout: Rollout) -> Verdict:
+    prompt = rollout.prompt
+    assert prompt.answer is not None
+    return judge(rollout.text, prompt.answer, prompt.tolerance)
 
 
 def correctness(rollouts: Sequence[Rollout]) -> list[bool | None]:
     """For each rollout whether it is right; None where its prompt has no answer."""
-    return [None if r.prompt.answer is None else is_correct(r.text, r.prompt.answer) for r in rollouts]
+    return [None if rollout.prompt.answer is None else _judge(rollout).correct for rollout in rollouts]
 
 
 def accuracy(rollouts: Sequence[Rollout]) -> float | None:

@@ -1,9 +1,13 @@
-"""Is a response's final answer right? Strings and numbers are compared at once, other maths by math-verify where installed."""
+"""Is a response's final answer right? Strings and numbers are compared here, other maths by math-verify in its own process."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+
+from megatron_opd.evaluation.maths import MathsProcess, Outcome
 
 # Bounded repetitions throughout: a runaway response must not meet quadratic backtracking.
 _UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?"  # 5; 1,234.5; .5; 1/2
@@ -14,9 +18,19 @@ _LEADING_NUMBER = re.compile(rf"\\?\$?({_NUMBER})\$?(?=[.,;!?%]?(?:\s[A-Za-z]{{2
 _SENTENCE_END = re.compile(r"[.;!?]\s")
 _BRACES = re.compile(r"\\boxed\{|[{}]")
 _FRACTION = re.compile(r"([-+]?)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+# 4.5e33; 4.5 \times 10^{33}
+_POWER_OF_TEN = re.compile(r"(?<=[0-9])(?:e|E|\s?(?:\\times|\\cdot)\s?10\^)\{?([-+]?[0-9]{1,3})\}?$")
 _LOOKS_LIKE_MATHS = re.compile(r"[0-9\\^*/+=<>()]")
 _LONGEST_MATHS = 200  # characters; longer "answers" are runaway text, costly to parse
-_MATHS_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one response."""
+
+    correct: bool
+    stated: str | None  # the final answer as the response has it; None: it states none
+    outcome: Outcome
 
 
 def extract_answer(text: str) -> str | None:
@@ -25,7 +39,7 @@ def extract_answer(text: str) -> str | None:
     In this order: the last complete ``\boxed{...}``; the line after the last ``####``; what follows the last "answer is",
     "answer:" or "answer =" (its number where it starts with one, else up to the end of the sentence); the last number.
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed
     _, mark, rest = text.rpartition("####")
@@ -40,28 +54,54 @@ def extract_answer(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def is_correct(text: str, answer: str) -> bool:
-    """Whether the response states ``answer``, or is nothing but it.
+def judge(text: str, answer: str, tolerance: float | None = None, maths: MathsProcess | None = None) -> Verdict:
+    """Whether the response states ``answer``, or is nothing but it; never raises, whatever the text.
 
-    Equal after normalisation (white space, ``$``, thousands separators, final period, LaTeX spacing), equal as numbers, or, if
-    both look like maths, equal to math-verify (a timeout or a crash of which counts as wrong; it needs the main thread).
+    Equal after normalisation (white space, ``$``, thousands separators, final period, LaTeX spacing), equal as numbers or at
+    most ``tolerance`` apart, or, if both look like maths, equal to math-verify.
+
+    Args:
+        maths: the process to ask; None: the one that this process shares.
     """
     expected = _normalise(answer)
     if _normalise(text) == expected:
-        return True
+        return Verdict(True, text.strip(), "ok")
     stated = extract_answer(text)
     if stated is None:
-        return False
+        return Verdict(False, None, "unparsable")
     given = _normalise(stated)
     if given == expected:
-        return True
-    numbers = _number(given), _number(expected)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return _looks_like_maths(given) and _looks_like_maths(expected) and _same_maths(given, expected)
+        return Verdict(True, stated, "ok")
+    one, other = _number(given), _number(expected)
+    if one is not None and other is not None:
+        return Verdict(abs(one - other) <= Fraction(tolerance or 0), stated, "ok")
+    if not (_LOOKS_LIKE_MATHS.search(given) and _LOOKS_LIKE_MATHS.search(expected)):
+        return Verdict(False, stated, "ok")
+    if max(len(given), len(expected)) > _LONGEST_MATHS:
+        return Verdict(False, stated, "unparsable")
+    correct, outcome = (maths or shared_maths()).compare(expected, given, tolerance)
+    return Verdict(correct, stated, outcome)
 
 
-def _last_boxed(text: str) -> str | None:
+@cache
+def shared_maths() -> MathsProcess:
+    """One for this process, started by the first answer that needs it. Not for two threads at once."""
+    return MathsProcess()
+
+
+def is_correct(text: str, answer: str) -> bool:
+    """:func:`judge`, without the reasons."""
+    return judge(text, answer).correct
+
+
+def canonical(stated: str) -> str:
+    """Equal for answers that are equal strings or numbers: what a majority is counted by."""
+    normal = _normalise(stated)
+    number = _number(normal)
+    return normal if number is None else str(number)
+
+
+def last_boxed(text: str) -> str | None:
     last = None
     opened: list[int | None] = []  # for each open brace the start of the box that it opens, None where it opens none
     for brace in _BRACES.finditer(text):
@@ -80,27 +120,13 @@ def _normalise(answer: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    """Exact, so 0.1 + 0.2 = 0.3; None for anything but a decimal or a fraction of integers."""
+    """Exact, so 0.1 + 0.2 = 0.3; None for anything but a decimal, in powers of ten or not, or a fraction of integers."""
     text = _FRACTION.sub(r"\1\2/\3", text)
+    power = _POWER_OF_TEN.search(text)
+    text, exponent = (text[: power.start()], int(power.group(1))) if power else (text, 0)
     if not re.fullmatch(_NUMBER, text):
         return None
     try:
-        return Fraction(text.replace(",", ""))
+        return Fraction(text.replace(",", "")) * Fraction(10) ** exponent
     except (ValueError, ZeroDivisionError):  # 1.5/2; 1/0
         return None
-
-
-def _looks_like_maths(text: str) -> bool:
-    return len(text) <= _LONGEST_MATHS and _LOOKS_LIKE_MATHS.search(text) is not None
-
-
-def _same_maths(given: str, expected: str) -> bool:
-    try:
-        from math_verify import parse, verify  # imports sympy: a second that plain answers never pay
-    except ImportError:
-        return False
-    try:
-        pair = [parse(f"${side}$", parsing_timeout=_MATHS_SECONDS) for side in (expected, given)]
-        return bool(verify(*pair, timeout_seconds=_MATHS_SECONDS))
-    except Exception:  # the text is a model's: whatever it makes the parser raise, the answer is wrong
-        return False

@@ -1,8 +1,8 @@
 """Checkpoint folders as files: how one comes about, which are whole, which are damaged, which are deleted.
 
 The folders are Megatron-LM's own: ``iter_0000050`` and, beside it, ``latest_checkpointed_iteration.txt``. One appears by a
-rename when everything in it is on the disk. ``state.json`` in it, written last, is ours: it lists size and BLAKE2b digest of
-every other file. The storage is shared by all ranks.
+rename when everything in it is on the disk. ``state.json`` in it, written last, is ours: it lists size and digests of every
+other file. The storage is shared by all ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from megatron_opd.processes import end_with_parent
 from megatron_opd.types import OpdError
 
 Result = TypeVar("Result")
-Files = dict[str, tuple[int, str]]  # bytes and digest, by the path within the folder
+Files = dict[str, tuple[int, str, str]]  # bytes, BLAKE2b and CRC32, by the path within the folder
 STATE = "state.json"
 LATEST = "latest_checkpointed_iteration.txt"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -98,7 +99,7 @@ def damage(path: Path) -> str | None:
         listed = read_state(path).get("files", {})
     except OpdError as error:
         return str(error)
-    for name, (size, _) in listed.items():
+    for name, (size, *_) in listed.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -321,13 +322,14 @@ def list_files(files: Iterable[Path], folder: Path, *, to_disk: bool) -> Files:
     """``to_disk``: wait until their content is there."""
     listed = {}
     for file in files:
-        digest = hashlib.blake2b(digest_size=16)
+        digest, crc = hashlib.blake2b(digest_size=16), 0
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)
+                crc = zlib.crc32(block, crc)
             if to_disk:
                 os.fsync(stream.fileno())
-        listed[str(file.relative_to(folder))] = (file.stat().st_size, digest.hexdigest())
+        listed[str(file.relative_to(folder))] = (file.stat().st_size, digest.hexdigest(), f"{crc:08x}")
     return listed
 
 
@@ -355,4 +357,5 @@ def _wrong_content(path: Path) -> str | None:
     except SaveFailed as error:
         return f"cannot be read ({error})"
     found = {name: entry for part in parts for name, entry in part.items()}
-    return next((f"the content of {name} has changed" for name in expected if found.get(name) != tuple(expected[name])), None)
+    changed = (name for name, entry in expected.items() if name not in found or found[name][:2] != tuple(entry[:2]))
+    return next((f"the content of {name} has changed" for name in changed), None)

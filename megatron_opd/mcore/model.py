@@ -117,9 +117,13 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> ModelSpec:
-    """Check that the model can be computed exactly, and fits the layout. ``section`` of the config is named in errors."""
-    key, axes = f"{section}.model", f"{section}.parallel"
+def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str, axes: str | None = None) -> ModelSpec:
+    """Check that the model can be computed exactly, and fits the layout. ``section`` of the config is named in errors.
+
+    Args:
+        axes: what stands before the name of an axis in errors; None: ``section.parallel.``
+    """
+    key, axes = f"{section}.model", axes or f"{section}.parallel."
     try:
         family = family_of(folder.architecture)
     except OpdError as error:
@@ -131,12 +135,12 @@ def model_spec(folder: HFFolder, parallel: ParallelConfig, section: str) -> Mode
         raise OpdError(f"{key}: {folder.path / 'config.json'} sets quantization_config={quantised}; give unquantised weights")
     experts = family.experts(hf)
     if experts and parallel.tp > 1 and not parallel.sequence_parallel:
-        raise OpdError(f"{key}: experts with tp={parallel.tp} need {axes}.sequence_parallel=true; set it")
+        raise OpdError(f"{key}: experts with tp={parallel.tp} need {axes}sequence_parallel=true; set it")
     if experts and parallel.tp > 1 and parallel.ep == 1 and section == "student":
         # Megatron reduces the gradients of experts over the tensor-parallel ranks, which see other tokens, only for ep > 1.
         raise OpdError(f"{key}: experts with tp={parallel.tp} and ep=1 get wrong gradients in Megatron; set ep={parallel.tp}")
     if not experts and parallel.ep > 1:
-        raise OpdError(f"{axes}.ep: {parallel.ep}, but {key} has no experts; set ep=1")
+        raise OpdError(f"{axes}ep: {parallel.ep}, but {key} has no experts; set ep=1")
     for rope_type in (rope["rope_type"] for rope in rope_parameters(hf).values()):
         if rope_type not in family.rope_kinds:
             reason = f" ({_ROPE_REASONS[rope_type]})" if rope_type in _ROPE_REASONS else ""

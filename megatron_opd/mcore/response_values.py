@@ -38,7 +38,7 @@ def gather_response_values(
     for place, tokens, part in (each for rank in gathered or [] for each in rank):
         response = values.setdefault(place, torch.zeros(3, len(rollouts[place].response_ids)))  # [3, R]
         response[:, tokens] = part
-    return {place: ResponseValues(*each) for place, each in values.items()}
+    return {place: ResponseValues(*(tuple(row) for row in each.tolist())) for place, each in values.items()}
 
 
 def _parts(

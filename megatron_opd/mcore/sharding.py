@@ -70,6 +70,8 @@ class Vocabulary(Column):
 
     def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
         rows = parts[0]
+        if rows.shape[0] == dims.padded_vocab_size:
+            return rows
         return torch.cat([rows, rows.new_zeros(dims.padded_vocab_size - rows.shape[0], rows.shape[1])])
 
     def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
@@ -103,7 +105,7 @@ class GatedMLP(Sharding):
     """Gate and up projections, each split by itself: [2 * ffn/tp, H]."""
 
     def merge(self, parts: list[Tensor], dims: Dimensions) -> Tensor:
-        return torch.cat(parts)
+        return _joined(parts)
 
     def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
         return list(full.chunk(2))
@@ -142,6 +144,18 @@ class AlternatingGatedMLP(GatedMLP):
 
     def split(self, full: Tensor, dims: Dimensions) -> list[Tensor]:
         return [torch.stack(full.chunk(2), dim=1).flatten(0, 1).t()]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Their rows, one after the other: a view where they lie so in one storage already."""
+    first, rows, end = parts[0], 0, parts[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        here = part.untyped_storage().data_ptr() == storage and part.data_ptr() == end
+        if not here or part.dtype != first.dtype or not part.is_contiguous():
+            return torch.cat(parts)
+        rows, end = rows + part.shape[0], end + part.nbytes
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 Layers = Literal["all", "dense", "experts"]

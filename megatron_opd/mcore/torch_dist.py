@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.utils.serialization import config
 
 from megatron_opd.mcore.checkpoint_files import root_cause
 from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION
@@ -60,18 +61,18 @@ class WeightFiles:
             full: gives a whole parameter; asked for one after the other.
         """
         ends = []
-        for key in self._objects(number):
-            torch.save([self._blueprint.objects[key]], stream)  # a list, as Megatron has it
-            ends.append(stream.tell())
-        for name in self._parameters[number]:
-            start, tensor = 0, full(name)
-            for place in self._blueprint.places[name]:
-                rows = tensor.narrow(0, start, place.rows).reshape(place.shape)
-                # torch saves the whole of a storage, and no more than the rows are wanted.
-                torch.save(rows if place.rows == tensor.shape[0] else rows.clone(), stream)
+        # Of each archive in a file torch would keep a CRC32, slowly, which no reader of a checkpoint compares.
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # of the module, made by torch
+            for key in self._objects(number):
+                torch.save([self._blueprint.objects[key]], stream)  # a list, as Megatron has it
                 ends.append(stream.tell())
-                start += place.rows
-            del tensor  # before the next is made
+            for name in self._parameters[number]:
+                start, tensor = 0, full(name)
+                for place in self._blueprint.places[name]:
+                    torch.save(_as_whole(tensor.narrow(0, start, place.rows)).reshape(place.shape), stream)
+                    ends.append(stream.tell())
+                    start += place.rows
+                del tensor  # before the next is made
         return ends
 
     def finish(self, folder: Path, ends: Sequence[Sequence[int]]) -> None:
@@ -122,6 +123,12 @@ def consecutive(sizes: Iterable[int], limit: int) -> list[range]:
     return [*parts, range(start, end)]
 
 
+def _as_whole(rows: Tensor) -> Tensor:
+    """With a storage that has these elements alone, since torch saves the whole of a storage."""
+    flat = rows.contiguous().view(-1)
+    return torch.from_numpy(flat.view(torch.uint8).numpy()).view(rows.dtype).view(rows.shape)
+
+
 def _write_item(place: Place, dtype: torch.dtype) -> WriteItem:
     return WriteItem(
         index=MetadataIndex(place.key, torch.Size(place.offset)),
@@ -169,12 +176,15 @@ class WeightReader:
 
     def read(self, places: Iterable[Place]) -> Tensor:
         """The rows of these blocks, one after the other: a parameter as the model has it."""
-        parts = [self._block(place) for place in places]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        places = list(places)
+        rows = sum(place.rows for place in places)
+        whole = torch.empty(rows, *places[0].local_shape[1:], dtype=self.tensors[places[0].key].properties.dtype)
+        for place, target in zip(places, whole.split([place.rows for place in places]), strict=True):
+            self._read_block(place, target.view(place.shape))
+        return whole
 
-    def _block(self, place: Place) -> Tensor:
+    def _read_block(self, place: Place, target: Tensor) -> None:
         entry = self.tensors[place.key]
-        target = torch.empty(place.shape, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.shape))
         stored = replace(entry, chunks=self._near(place))
         try:
@@ -186,7 +196,6 @@ class WeightReader:
             raise OpdError(
                 f"{self.folder}: {place.key} cannot be read ({root_cause(error)}); copy the checkpoint again"
             ) from error
-        return target.reshape(place.local_shape)
 
     def _near(self, place: Place) -> list[ChunkStorageMetadata]:
         """Stored blocks that may overlap: where one key has thousands of experts, they cannot all be looked at each time."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from megatron_opd.config import ControlConfig
 from megatron_opd.types import Objective, TrainState
 
+_FALL = 0.1
+
 
 def coefficients(objective: Objective, state: TrainState) -> Objective:
     """The configured objective with the factors of ``state``."""
@@ -20,8 +22,9 @@ def coefficients(objective: Objective, state: TrainState) -> Objective:
 def control(state: TrainState, config: ControlConfig, reference_kl: float, truncation: float | None) -> None:
     """Move the factors of ``state`` towards the targets, given the step's KL(student || reference), nats, and truncation rate.
 
-    A factor grows while its figure is above the target and falls while it is below, by ``rate`` a step where it is off by
-    the target itself or more, by less where it is nearer; always within 1 .. ``max_factor``.
+    A factor grows while its figure is above the target, by ``rate`` a step where it is twice the target or more, by less where
+    it is nearer. Below the target it falls a tenth as fast, for what a term has cured comes back without it. It stays within
+    1 .. ``max_factor``.
     """
     if config.reference_kl_target is not None:
         state.reference_factor = _moved(state.reference_factor, reference_kl, config.reference_kl_target, config)
@@ -30,5 +33,5 @@ def control(state: TrainState, config: ControlConfig, reference_kl: float, trunc
 
 
 def _moved(factor: float, value: float, target: float, config: ControlConfig) -> float:
-    error = min(1.0, max(-1.0, (value - target) / target))
-    return min(config.max_factor, max(1.0, factor * (1.0 + config.rate * error)))
+    error = min(1.0, (value - target) / target)
+    return min(config.max_factor, max(1.0, factor * (1.0 + config.rate * error * (1.0 if error > 0 else _FALL))))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_opd.monitoring.repetition import Flags
-from megatron_opd.types import ResponseValues, Rollout
+from megatron_opd.types import ResponseValues, Rollout, Source
 
 
 def places_of_prompts(rollouts: Sequence[Rollout], count: int) -> list[int]:
@@ -59,7 +59,7 @@ def write_token_samples(
     with file.open("w", encoding="ascii") as stream:
         for place in places_of_prompts(rollouts, count):
             rollout, known = rollouts[place], values.get(place)
-            by_student = known is not None and bool(rollout.log_probs)
+            by_student = rollout.source is Source.STUDENT
             sample = {
                 "uid": rollout.prompt.uid,
                 "prompt": rollout.prompt.text,
@@ -69,16 +69,16 @@ def write_token_samples(
                 "correct": correct[place],
                 "text": rollout.text,
                 "pieces": [piece(token) for token in rollout.response_ids],
-                "log_probs": _rounded(known.log_probs.tolist()) if known else [],
-                "teacher_log_probs": _rounded(known.teacher_log_probs.tolist()) if known and by_student else [],
-                "advantages": _rounded(known.advantages.tolist()) if known and by_student else [],
+                "log_probs": _rounded(known.log_probs) if known else [],
+                "teacher_log_probs": _rounded(known.teacher_log_probs) if known and by_student else [],
+                "advantages": _rounded(known.advantages) if known and by_student else [],
                 "repeated": [int(flag) for flag in repeated[place]],
             }
             stream.write(json.dumps(sample) + "\n")
     return file
 
 
-def _rounded(values: list[float]) -> list[float | None]:
+def _rounded(values: Sequence[float]) -> list[float | None]:
     return [round(value, 4) if abs(value) < float("inf") else None for value in values]
 
 

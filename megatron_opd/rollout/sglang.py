@@ -98,7 +98,7 @@ class SGLangEngine:
         )
         self._figures = {**progress.figures(), "rollout/engines": len(self.roster.serving())}
         for response in responses:
-            if response.stopped and response.token_ids[-1] not in sampling.stop_ids:
+            if response.stopped and response.token_ids and response.token_ids[-1] not in sampling.stop_ids:
                 raise OpdError(
                     f"SGLang: a response ended with token {response.token_ids[-1]}, but the run's end tokens are "
                     f"{list(sampling.stop_ids)}; make generation_config.json and the tokenizer of student.model agree"

@@ -118,10 +118,14 @@ def check_informed(answers: Sequence[Scored], vocab_size: int) -> None:
         values = torch.cat([part.flatten() for answer in own for part in (answer.log_probs, answer.given)])
         if len(values) < _FEWEST_VALUES:
             continue
-        uniform = -math.log(vocab_size)
-        constant = values.max() - values.min() < _CONSTANT and values.mean() < -_NOTHING_LEARNT
-        if constant or (values - uniform).abs().mean() < _NOTHING_LEARNT:
+        if learnt_nothing(values, vocab_size):
             raise EngineError(
                 f"SGLang server {server}: {len(values)} log-probabilities are all about {values.mean():.3f} nats, and -ln V is "
-                f"{uniform:.3f}: it has no weights; check teacher.model, the server's log and its load_format"
+                f"{-math.log(vocab_size):.3f}: it has no weights; check teacher.model, the server's log and its load_format"
             )
+
+
+def learnt_nothing(log_probs: Tensor, vocab_size: int) -> bool:
+    """Whether [N] log-probabilities of text, nats, are all the same, or all about -ln ``vocab_size``."""
+    constant = log_probs.max() - log_probs.min() < _CONSTANT and log_probs.mean() < -_NOTHING_LEARNT
+    return bool(constant or (log_probs + math.log(vocab_size)).abs().mean() < _NOTHING_LEARNT)

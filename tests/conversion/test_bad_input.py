@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_checkpoint_with_a_fault_is_refused(good: Path, tmp_path: Path, capsys: 
     ("arguments", "words"),
     [
         (["--tp", 3], ("num_attention_heads=4", "tp=3", "choose")),
-        (["--ep", 2], ("ep: 2", "no experts", "set ep=1")),
+        (["--ep", 2], ("convert: --ep: 2", "no experts", "set ep=1")),
         (["--pp", 0], ("--pp: 0",)),
         (["--shard-gb", 0], ("--shard-gb: 0",)),
     ],
@@ -232,7 +233,7 @@ def test_write_that_fails_midway_leaves_nothing(
 ) -> None:
     source = good / ("model" if command == "to-megatron" else "megatron")
     with largest_file(50_000):
-        line = refusal(capsys, command, source, tmp_path / "out")
+        line = refusal(capsys, command, source, tmp_path / "new" / "parents" / "out")
     assert "out: cannot be written (File too large" in line
     assert not list(tmp_path.iterdir())
 
@@ -243,9 +244,10 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize("manifest", ["with CRC32", "of before it"])
 @pytest.mark.parametrize("command", ["to-hf", "to-megatron"])
 def test_bit_that_flipped_since_the_conversion_is_found_by_the_next_one(
-    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, manifest: str
 ) -> None:
     source = tmp_path / "source"
     if command == "to-hf":
@@ -254,11 +256,30 @@ def test_bit_that_flipped_since_the_conversion_is_found_by_the_next_one(
     else:
         assert convert("to-hf", good / "megatron", source) == 0
         file = source / SINGLE
+    listed = json.loads((source / "manifest.json").read_text())
+    entry = listed["files"][str(file.relative_to(source))]
+    assert entry["crc32"] == f"{zlib.crc32(file.read_bytes()):08x}"
+    if manifest == "of before it":
+        for each in listed["files"].values():
+            each.pop("crc32", None)
+        (source / "manifest.json").write_text(json.dumps(listed))
+    assert convert(command, source, tmp_path / "before") == 0
     flip_a_bit(file)
     line = refusal(capsys, command, source, tmp_path / "out")
     assert f"{file}: has changed since it was written" in line and "--trust-source" in line
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "source"]
     assert convert(command, source, tmp_path / "out", "--trust-source") == 0
+
+
+def test_damage_that_keeps_a_crc32_is_found_by_verify(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(good / "megatron", tmp_path / "megatron")
+    (file,) = tmp_path.glob("megatron/release/*.distcp")
+    flip_a_bit(file)
+    listed = json.loads((tmp_path / "megatron" / "manifest.json").read_text())
+    listed["files"]["release/" + file.name]["crc32"] = f"{zlib.crc32(file.read_bytes()):08x}"
+    (tmp_path / "megatron" / "manifest.json").write_text(json.dumps(listed))
+    assert convert("verify", tmp_path / "megatron", tmp_path / "megatron") == 1
+    assert f"{file}: has changed since it was written" in capsys.readouterr().out
 
 
 def test_header_with_a_gap_or_bytes_behind_the_last_tensor_is_refused(
@@ -283,6 +304,25 @@ def test_numbers_too_large_for_the_dtype_are_refused(good: Path, tmp_path: Path,
     edit_weights(tmp_path / "model", model__norm__weight=torch.full((32,), 1e6))
     line = refusal(capsys, "to-megatron", tmp_path / "model", tmp_path / "out", "--dtype", "float16")
     assert "decoder.final_layernorm.weight" in line and "too large for float16" in line
+
+
+@pytest.mark.parametrize("command", ["to-megatron", "to-hf"])
+def test_tokenizer_whose_link_leads_nowhere_is_named(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(good / ("model" if command == "to-megatron" else "megatron"), source)
+    link = (source if command == "to-megatron" else source / "hf") / "tokenizer.model"
+    link.symlink_to("../blobs/4f5a")
+    line = refusal(capsys, command, source, tmp_path / "out")
+    assert f"{link}: a link to ../blobs/4f5a, which is not there; download" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_config_for_verify_where_both_bring_one_is_refused(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert convert("verify", good / "model", good / "megatron", "--hf", good / "shards") == 2
+    assert f"convert: --hf: {good / 'shards'}, but" in capsys.readouterr().err
 
 
 def test_config_of_quantised_weights_is_refused(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.conversion import target as target_module
+from megatron_opd.conversion.digests import Digesting
 from megatron_opd.conversion.target import Partial
 from megatron_opd.conversion.weights import HFWeights
 from tests.conversion.folders import convert, edit_config, make
@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_one_line(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     out, here = tmp_path / "out", os.getpid()
-    write = target_module._Digesting.write
+    write = Digesting.write
 
     def fatal(self: Any, data: Any) -> int:
         if os.getpid() != here and self.tell() > 20_000:
@@ -128,7 +128,7 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_one_line(
         return write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(target_module._Digesting, "write", fatal)
+        patch.setattr(Digesting, "write", fatal)
         capsys.readouterr()
         assert convert(*arguments(good, command, out)) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("convert: "))

@@ -3,9 +3,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_opd.evaluation import accuracy, correctness, evaluate
-from megatron_opd.types import NamedTensors, Rollout, RolloutRequest, SamplingParams, Source
+import torch.distributed as dist
+
+from megatron_opd.config import HELDOUT, MonitorsConfig
+from megatron_opd.evaluation import Task, Verdict, accuracy, correctness, evaluate
+from megatron_opd.evaluation.evaluate import requests, verify
+from megatron_opd.types import NamedTensors, Prompt, Rollout, RolloutRequest, SamplingParams, Source
 from tests.data.factories import make_prompt, make_rollout
+from tests.worker_pool import WorkerPool
 
 SAMPLING = SamplingParams(0.6, 1.0, 8, (1,))
 
@@ -50,17 +55,56 @@ def test_accuracy_counts_student_rollouts_with_an_answer_only() -> None:
     assert accuracy([]) is None
 
 
-def test_evaluation_reports_accuracy_truncation_and_length() -> None:
+def make_task(prompts: Sequence[Prompt], samples: int = 1, name: str = HELDOUT) -> Task:
+    return Task(name, "heldout.jsonl", list(prompts), samples, SAMPLING.max_new_tokens)
+
+
+def test_evaluation_reports_accuracy_and_the_monitors_of_the_responses() -> None:
     prompts = [make_prompt("a", 2, "4"), make_prompt("b", 2, "4"), make_prompt("c", 9, "5"), make_prompt("d", 2, "4")]
-    result = evaluate(EvenHandedEngine(), prompts, SAMPLING, seed=3)
-    assert (result.accuracy, result.truncation_rate, result.length_mean) == (0.75, 0.25, 3.5)
+    task = make_task(prompts)
+    result = evaluate(EvenHandedEngine(), task, SAMPLING, seed=3)
     assert [rollout.prompt.uid for rollout in result.rollouts] == ["a", "b", "c", "d"]
+    assert result.figures(task, MonitorsConfig()) == {
+        "eval/accuracy": 0.75,
+        "eval/truncation_rate": 0.25,
+        "eval/repetition_rate": None,  # no text is long enough to tell
+        "eval/repeated_ngrams": 0.0,
+        "eval/length_mean": 3.5,
+        "eval/length_p50": 2.0,
+        "eval/length_p95": 8.0,
+        "eval/length_max": 8.0,
+        "eval/unverified": 0.0,
+    }
+
+
+def test_several_samples_of_a_task_have_seeds_of_their_own_and_more_figures() -> None:
+    task = make_task([make_prompt("a", 2, "4"), make_prompt("b", 2, "5")], samples=4, name="maths")
+    engine = EvenHandedEngine()
+    figures = evaluate(engine, task, SAMPLING, seed=3).figures(task, MonitorsConfig())
+    assert len({request.seed for request in engine.requests}) == 8
+    assert [request.sample for request in engine.requests] == [0, 1, 2, 3] * 2
+    wanted = {"accuracy": 0.5, "pass_at_1": 0.5, "pass_at_4": 0.5, "maj_at_4": 0.5}
+    assert {name: figures[f"eval/maths/{name}"] for name in wanted} == wanted
+    evaluate(engine, make_task(task.prompts), SAMPLING, seed=3)
+    assert [request.seed for request in engine.requests] == [requests(task, 3)[0].seed, requests(task, 3)[4].seed]
+
+
+def test_ranks_share_the_verification_and_all_get_every_verdict(pool: WorkerPool) -> None:
+    answers = ["4", "5", r"\sqrt{16}", "4", "x"]
+    expected = [True, False, True, True, False]
+    for verdicts in pool.run(2, verify_on_rank, answers):
+        assert [verdict.correct for verdict in verdicts] == expected
+
+
+def verify_on_rank(answers: list[str]) -> list[Verdict]:
+    rollouts = [make_rollout(prompt=make_prompt(str(i), answer=each), text="4") for i, each in enumerate(answers)]
+    return verify(rollouts, dist.group.WORLD)
 
 
 def test_the_draws_depend_on_the_prompt_and_seed_alone() -> None:
     def seeds(uids: str, seed: int) -> dict[str, int]:
         engine = EvenHandedEngine()
-        evaluate(engine, [replace(make_prompt(), uid=uid) for uid in uids], SAMPLING, seed)
+        evaluate(engine, make_task([replace(make_prompt(answer="4"), uid=uid) for uid in uids]), SAMPLING, seed)
         return {request.prompt.uid: request.seed for request in engine.requests}
 
     first = seeds("abc", 3)
@@ -70,5 +114,5 @@ def test_the_draws_depend_on_the_prompt_and_seed_alone() -> None:
 
 
 def test_nothing_to_evaluate_gives_no_figures() -> None:
-    result = evaluate(EvenHandedEngine(), [], SAMPLING, seed=3)
-    assert (result.accuracy, result.truncation_rate, result.length_mean, result.rollouts) == (None, None, None, [])
+    task = make_task([])
+    assert set(evaluate(EvenHandedEngine(), task, SAMPLING, seed=3).figures(task, MonitorsConfig()).values()) == {None}

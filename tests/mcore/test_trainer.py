@@ -302,7 +302,7 @@ def _assert_steps_agree(
             for place, values in actual.responses.items():  # on the first rank
                 of_one_rank = expected.responses[place]
                 for actual_values, expected_values in zip(astuple(values), astuple(of_one_rank), strict=True):
-                    torch.testing.assert_close(actual_values, expected_values, rtol=1e-4, atol=1e-5)
+                    assert actual_values == pytest.approx(expected_values, rel=1e-4, abs=1e-5)
         update = sum((weights[key] - expected_weights[key]).norm() ** 2 for key in weights) ** 0.5
         total = sum(expected_weights[key].norm() ** 2 for key in weights) ** 0.5
         assert update <= 1e-4 * total

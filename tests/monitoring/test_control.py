@@ -33,12 +33,15 @@ def test_each_coefficient_follows_its_own_figure() -> None:
     assert after.reference_kl == pytest.approx(0.01 * 1.25)  # above by half of the target: half of the rate
     assert after.gold_weight == pytest.approx(0.1 * 1.5)  # above by more than the target: the whole rate
     control(state, config, reference_kl=0.05, truncation=None)  # nothing was written
-    assert coefficients(OBJECTIVE, state).reference_kl == pytest.approx(0.01)  # 1.25 * 0.75 would be below the configured one
+    assert coefficients(OBJECTIVE, state).reference_kl == pytest.approx(0.01 * 1.25 * 0.975)  # below by half: a tenth of 0.25
     assert coefficients(OBJECTIVE, state).gold_weight == after.gold_weight
 
 
 def test_factors_stay_within_their_bounds() -> None:
     state, config = TrainState(), ControlConfig(truncation_target=0.1, rate=1.0, max_factor=30.0)
-    for truncation, factor in ((1.0, 2), (1.0, 4), (1.0, 8), (1.0, 16), (1.0, 30), (1.0, 30), (0.05, 15), (0.0, 1)):
+    for truncation, factor in ((1.0, 2), (1.0, 4), (1.0, 8), (1.0, 16), (1.0, 30), (1.0, 30), (0.05, 28.5), (0.0, 25.65)):
         control(state, config, reference_kl=0.0, truncation=truncation)
-        assert state.gold_factor == factor
+        assert state.gold_factor == pytest.approx(factor)
+    for _ in range(100):
+        control(state, config, reference_kl=0.0, truncation=0.0)
+    assert state.gold_factor == 1.0

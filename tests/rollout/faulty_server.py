@@ -29,7 +29,10 @@ def response_to(prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
 
 
 class FaultyServer:
-    """``fault`` says ok, hang, reset, half, garbage, no_logprobs, abort, abort_at_once, or an HTTP status for each request."""
+    """``fault`` says ok, hang, reset, half, garbage, no_logprobs, abort, abort_at_once, stop_at_once, or an HTTP status.
+
+    For each request.
+    """
 
     def __init__(
         self, fault: Fault = lambda body, number: "ok", *, healthy: bool = True, version: str = "1", seconds: float = 0.01
@@ -95,9 +98,11 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self, body: dict[str, Any], fault: str) -> bytes:
             sampling = body["sampling_params"]
             wanted = sampling["max_new_tokens"]
-            tokens = response_to(body["input_ids"], {"abort": wanted // 2, "abort_at_once": 0}.get(fault, wanted))
+            tokens = response_to(
+                body["input_ids"], {"abort": wanted // 2, "abort_at_once": 0, "stop_at_once": 0}.get(fault, wanted)
+            )
             meta = {
-                "finish_reason": {"type": "abort" if fault.startswith("abort") else "length"},
+                "finish_reason": {"type": fault.partition("_")[0] if fault.startswith(("abort", "stop")) else "length"},
                 "output_token_logprobs": [[-float(token), token, None] for token in tokens],
                 "weight_version": server.version,
                 "weight_versions": [{"version": server.version, "start": 0, "end": len(tokens)}],
