@@ -53,7 +53,13 @@ def test_a_report_of_the_run_reads_everything_that_it_wrote(uninterrupted: tuple
     (run,) = read_runs([folder / "run"])
     assert run.notes == ()
     drawn = {curve.name for panel in PANELS for curve in panel.curves}
-    aside = {"packing/padding", "policy_version", "time/step", "eval/teacher_accuracy"}  # in the page under other metrics
+    aside = {
+        "packing/padding",
+        "policy_version",
+        "time/step",
+        "eval/teacher_accuracy",
+        "eval/unverified",
+    }  # under other metrics
     assert {name for name in run.curves.columns if name not in drawn} <= aside
     assert sum(run.curves.histograms[1] or []) == 8  # the student's rollouts of a step
     (samples,) = read_samples([run], None)
