@@ -84,6 +84,15 @@ SECTIONS = (
                 low=0.0,
             ),
             Panel(
+                "unverified",
+                "Held-out responses that no verifier could judge",
+                "share",
+                "No answer, none that can be read, a timeout: they count as wrong, so accuracy falls with them.",
+                (Curve("eval/unverified", "held-out", joined=True),),
+                low=0.0,
+                high=1.0,
+            ),
+            Panel(
                 "truncation",
                 "Truncation",
                 "share",
