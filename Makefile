@@ -10,6 +10,7 @@
 # TORCH_INDEX  package index to take torch from. PyPI's torch for Linux is a CUDA build of several GB;
 #              https://download.pytorch.org/whl/cpu has one for machines without a GPU.
 # ARGS         more arguments for pytest, or for `megatron-opd train` in demo
+# TEST_JOBS    processes of pytest, each with ranks of its own; 0: none beside it
 # JOBS         runs of `reproduce` at a time, one core each
 # GROUPS       what `reproduce` runs: arms, controls, end_tokens, eager, options, actions
 
@@ -17,11 +18,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
+TEST_JOBS ?= 2
 JOBS ?= 2
 GROUPS ?= arms
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip
+# Whole files to a process, for what the tests of a file share.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard megatron_opd tests tools examples benchmarks)
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
@@ -31,8 +35,10 @@ MCORE := .mcore-0.19
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-# The rest never imports it, which lint-imports holds.
-OF_MEGATRON := $(addprefix tests/,advisor audit conversion mcore scoring weight_sync test_bad_input.py test_run.py)
+# The rest never imports it, which lint-imports holds, or is about the advisor's and the converter's own rules.
+OF_MEGATRON := $(addprefix tests/,advisor/test_footprint.py audit \
+	$(addprefix conversion/,test_logits.py test_round_trip.py test_trainer_loads.py) \
+	mcore scoring weight_sync test_resume.py test_run.py)
 SGLANG := .venv-sglang
 SMOLLM2 := examples/smollm2/work/.made
 
@@ -58,10 +64,10 @@ reproduce: $(INSTALLED)
 	$(BIN)/python -m examples.reproduction.run --jobs $(JOBS) --groups $(GROUPS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(INSTALLED) $(SMOLLM2)
-	$(BIN)/python -m pytest -m "slow and not sglang" $(ARGS)
+	$(PYTEST) -m "slow and not sglang" $(ARGS)
 
 smollm2: $(SMOLLM2)
 
@@ -79,7 +85,7 @@ $(MCORE)/.installed: $(INSTALLED)
 	@touch $@
 
 test-mcore-0.19: $(MCORE)/.installed
-	PYTHONPATH=$(abspath $(MCORE)) $(BIN)/python -m pytest $(OF_MEGATRON) $(ARGS)
+	PYTHONPATH=$(abspath $(MCORE)) $(PYTEST) $(OF_MEGATRON) $(ARGS)
 
 # SGLang pins what CUDA builds need; on CPU it runs without those, so it is installed without its dependencies.
 $(SGLANG)/.installed: megatron_opd/sglang/cpu/requirements.txt

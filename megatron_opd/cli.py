@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_opd.config import Config
 from megatron_opd.config_file import load_config
+from megatron_opd.processes import QuickExit, loading
 from megatron_opd.types import OpdError, RunStopped
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(config: Config, arguments: list[str]) -> int:
     # Imported late, here and below: a wrong config is refused before torch and Megatron are loaded.
-    from megatron_opd.train import train
+    with loading():
+        from megatron_opd.train import train
 
     def succeeds(config: Config, platform: Platform) -> bool:
         train(config, platform)
@@ -96,13 +98,15 @@ def _train(config: Config, arguments: list[str]) -> int:
 
 
 def _audit(config: Config, arguments: list[str]) -> int:
-    from megatron_opd.audit.run import audit
+    with loading():
+        from megatron_opd.audit.run import audit
 
     return _on_all_ranks(audit, config, arguments)
 
 
 def _eval(config: Config, options: argparse.Namespace, arguments: list[str]) -> int:
-    from megatron_opd.evaluator import check, evaluate_model, plan
+    with loading():
+        from megatron_opd.evaluator import check, evaluate_model, plan
 
     asked = plan(config, model=options.model, out=options.out, samples=options.samples, against=options.against)
 
@@ -138,10 +142,11 @@ def _on_all_ranks(
 
 
 def _check(config: Config, _arguments: list[str]) -> int:
-    from megatron_opd.launch import joined_world, local_world_size
-    from megatron_opd.mcore.platform import Platform
-    from megatron_opd.preflight import describe, prepare
-    from megatron_opd.servers import how_to_start
+    with loading():
+        from megatron_opd.launch import joined_world, local_world_size
+        from megatron_opd.mcore.platform import Platform
+        from megatron_opd.preflight import describe, prepare
+        from megatron_opd.servers import how_to_start
 
     platform = Platform.detect()
     world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())
@@ -160,7 +165,8 @@ def _check_memory(options: argparse.Namespace) -> int:
     # The modules are built on CPU, with Megatron's CPU patches, which must not meet a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _quiet_libraries()
-    from megatron_opd.advisor.check import check_memory
+    with loading():
+        from megatron_opd.advisor.check import check_memory
 
     fits = check_memory(options.config, options.overrides, options.gpus, options.memory, options.reserve)
     return 0 if fits else 1
@@ -188,5 +194,12 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def command() -> int:
+    """``megatron-opd``, and each of its ranks."""
+    end = QuickExit()
+    end.code = main()
+    return end.code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
 import megatron_opd.mcore  # noqa: F401  # its CPU patches must stand before a worker's reply imports Megatron by name
+from tests import runs
 from tests.worker_pool import WorkerPool
 
 torch.set_num_threads(1)  # the order of reductions, hence the last bits, depends on it
@@ -34,6 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TABLE] = Table()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, whose figures its parent prints
+        session.config.workeroutput["table"] = session.config.stash[_TABLE].rows
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for title, rows in getattr(node, "workeroutput", {}).get("table", {}).items():
+        node.config.stash[_TABLE].rows.setdefault(title, {}).update(rows)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for title, rows in config.stash[_TABLE].rows.items():
         terminalreporter.section(title)
@@ -55,3 +69,12 @@ def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("run")
+    config = runs.make_inputs(folder)
+    result = runs.run(folder, config)
+    assert result.returncode == 0, result.stderr
+    return folder, config, result.stdout

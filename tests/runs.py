@@ -16,6 +16,7 @@ import yaml
 from tests.tiny_models import make_model
 
 TIMEOUT_SECONDS = 300
+TIMINGS = ("time/", "tokens_per_second")  # metrics that two equal runs do not share
 
 
 def make_inputs(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron_opd.report.panels import PANELS
 from megatron_opd.report.runs import read_runs
 from megatron_opd.report.samples import read_samples
 from tests import runs
+from tests.runs import TIMINGS
 from tests.tiny_models import make_model
 
 FIXED_NAMES = {
@@ -26,16 +27,6 @@ FIXED_NAMES = {
     *("rollout/length_mean", "rollout/truncation_rate", "rollout/repetition_rate", "rollout/accuracy"),
     *("time/rollout", "time/score", "time/train", "time/weight_sync"),
 }
-TIMINGS = ("time/", "tokens_per_second")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    folder = tmp_path_factory.mktemp("run")
-    config = runs.make_inputs(folder)
-    result = runs.run(folder, config)
-    assert result.returncode == 0, result.stderr
-    return folder, config, result.stdout
 
 
 def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
@@ -120,65 +111,6 @@ def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path
     assert [record["step"] for record in runs.metrics(folder / "routed")] == [1, 2, 3]
 
 
-def test_old_checkpoints_are_deleted(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
-    folder, _, _ = uninterrupted
-    left = ["iter_0000004", "iter_0000006", "latest_checkpointed_iteration.txt"]
-    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == left
-
-
-def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
-    folder, config, _ = uninterrupted
-    run_dir = folder / "killed"
-    killed = {**config, "run": {**config["run"], "name": "killed", "dir": str(run_dir)}}
-    process = runs.start(folder, killed)
-    runs.kill_after_step(process, run_dir, step=3)  # the last checkpoint is that of step 2, or of step 4 if the kill was slow
-    torn = run_dir / "checkpoints" / ".iter_0000008.partial"
-    torn.mkdir()
-    result = runs.run(folder, killed)
-    assert result.returncode == 0, result.stderr
-    assert not torn.exists()
-
-    expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    for one, other in zip(runs.metrics(folder / "run"), runs.metrics(run_dir), strict=True):
-        for name in one:
-            if not name.startswith(TIMINGS):
-                assert one[name] == other[name], (one["step"], name)
-
-
-def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
-    folder, config, _ = uninterrupted
-    run_dir = folder / "damaged"
-    damaged = {**config, "run": {**config["run"], "name": "damaged", "dir": str(run_dir)}}
-    shutil.copytree(folder / "run", run_dir)
-    largest = max((run_dir / "checkpoints" / "iter_0000006").glob("*.distcp"), key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[-100] ^= 1
-    largest.write_bytes(content)
-    result = runs.run(folder, damaged)
-    assert result.returncode == 0, result.stderr
-    assert f"the content of {largest.name} has changed; left out" in result.stderr
-    expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
-
-
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_run_that_cannot_save_warns_and_then_stops(uninterrupted: tuple[Path, dict[str, Any], str], asynchronous: bool) -> None:
-    folder, config, _ = uninterrupted
-    run_dir = folder / f"full-{asynchronous}"
-    full = {**config, "run": {**config["run"], "name": "full", "dir": str(run_dir)}}
-    run_dir.mkdir()
-    (run_dir / "checkpoints").write_text("")  # a file where the folder must be
-    full["checkpoint"] = {"every": 1, "async_save": asynchronous}
-    result = runs.run(folder, {**full, "eval": None})
-    assert result.returncode == 1
-    for step in (1, 2):
-        assert f"warning: step {step}: checkpoint not saved (Not a directory" in result.stdout
-    assert "step 3: checkpoint not saved" in result.stderr and "start again" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert [record["step"] for record in runs.metrics(run_dir)] == [1, 2, 3]
-
-
 def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     student = folder / "without-weights"
@@ -200,6 +132,7 @@ def test_run_starts_from_a_checkpoint_in_megatron_lms_layout(uninterrupted: tupl
     assert 0 < moved < 5e-3  # one step at a learning rate of 1e-3 from the weights that were saved
 
 
+@pytest.mark.slow
 def test_run_from_a_converted_student_is_the_run_from_its_folder(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     converter = [sys.executable, "-m", "tools.convert"]  # which hides GPUs from its process
@@ -215,35 +148,3 @@ def test_run_from_a_converted_student_is_the_run_from_its_folder(uninterrupted: 
         assert [name for name in one if one[name] != other[name] and not name.startswith(TIMINGS)] == [], one["step"]
     expected, actual = (load_file(folder / name / "hf" / "model.safetensors") for name in ("run", "converted"))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-
-
-def test_run_stops_where_engine_and_trainer_disagree(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
-    folder, config, _ = uninterrupted
-    apart = {**config, "run": {**config["run"], "name": "apart", "dir": str(folder / "apart")}, "eval": None}
-    result = runs.run(folder, apart, "rollout.max_engine_gap=1e-9", "checkpoint.every=1")
-    assert result.returncode == 1
-    assert "step 1: the engine's log-probabilities differ" in result.stderr and "rollout.max_engine_gap=1e-09" in result.stderr
-    assert not (folder / "apart" / "checkpoints").exists()
-
-
-def test_finished_run_is_not_trained_further(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
-    folder, config, _ = uninterrupted
-    before = load_file(folder / "run" / "hf" / "model.safetensors")
-    assert runs.run(folder, config).returncode == 0
-    after = load_file(folder / "run" / "hf" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_run_of_non_finite_steps_stops_with_its_checkpoints_intact(tmp_path: Path) -> None:
-    config = runs.make_inputs(tmp_path)
-    config.update(mixture={"student": 0, "teacher": 0, "gold": 1}, eval=None)
-    config["student"]["parallel"] = {}
-    assert runs.run(tmp_path, config, "run.steps=3", "optimizer.warmup_steps=1").returncode == 0
-    intact = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert intact == {"iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt"}
-    ruinous = "optimizer.lr=1e38"  # the first step from here makes weights whose products overflow
-    result = runs.run(tmp_path, config, ruinous, "run.max_skipped_steps=2", "run.steps=9", "checkpoint.every=9")
-    assert result.returncode == 1
-    assert "2 steps in a row" in result.stderr and "checkpoints" in result.stderr and "Traceback" not in result.stderr
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == intact
-    assert [record["skipped_steps"] for record in runs.metrics(tmp_path / "run")] == [0, 0, 0, 0, 1, 2]

@@ -25,6 +25,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_opd.processes import loading
+
 # After the first failure the other ranks get this long to report theirs: the first to speak is often only the victim of
 # another rank's error ("connection closed by peer").
 GRACE_SECONDS = 1.0
@@ -150,7 +152,8 @@ def _serve(connection: Connection) -> None:
     os.setsid()  # heads a process group, so that what it starts (Megatron's checkpoint writers) can be killed with it
     torch.set_num_threads(1)
     # Megatron must never be imported before its CPU patches, and an argument made beside a patched Megatron may name it.
-    import_module("megatron_opd.mcore")
+    with loading():
+        import_module("megatron_opd.mcore")
     connection.send_bytes(b"ready")
     while True:
         try:

@@ -1,7 +1,7 @@
 """Every run of the reproduction that is not there yet, then the tables and figures of docs/reproduction.md.
 
 python -m examples.reproduction.run                        # the five arms on three pairs, from nothing
-python -m examples.reproduction.run --controls             # and the controls
+python -m examples.reproduction.run --groups arms controls # and the controls
 python -m examples.reproduction.run --runs opd stableopd --pairs 0 --jobs 1
 """
 

@@ -82,6 +82,7 @@ def test_70b_on_64_ranks_takes_seconds(big: Path, capsys: pytest.CaptureFixture[
     table.add("Advisor", "70B, 64 ranks", f"{seconds:.1f} s")
 
 
+@pytest.mark.slow
 def test_teacher_behind_servers_takes_nothing_of_the_ranks(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     served = ["teacher.backend=sglang", "teacher.urls=[http://10.0.0.7:30000]", "loss.opd=topk_forward_kl"]
     here = check(capsys, big, "--gpus", "64", "--memory", "200GB", "loss.opd=topk_forward_kl")[1]
@@ -152,12 +153,14 @@ def test_what_fits_nowhere_says_what_would(big: Path, capsys: pytest.CaptureFixt
     assert check(capsys, big, one_stage, *more, "--gpus", "32", "--memory", "80GB")[0] == 0
 
 
+@pytest.mark.slow
 def test_an_engine_of_whole_models_is_named(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, output, _ = check(capsys, big, "mixture.student=1", "--gpus", "64", "--memory", "80GB")
     assert code == 1
     assert "the engine keeps 131.42 GiB on every GPU" in output and "rollout.backend=sglang" in output
 
 
+@pytest.mark.slow
 def test_a_frozen_model_in_stages_of_its_own_has_classes_of_its_own(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = ("student.parallel={tp: 8, pp: 2}", "teacher.parallel={tp: 8, pp: 4}")
     _, output, _ = check(capsys, big, *layout, "--gpus", "64", "--memory", "300GB")
@@ -222,6 +225,7 @@ def test_offloading_moves_bytes_to_the_host(big: Path, capsys: pytest.CaptureFix
     assert away[6] == pytest.approx(host + state[0] + state[2] + weights, abs=0.02)
 
 
+@pytest.mark.slow
 def test_what_only_transformer_engine_recomputes_is_left_out(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A GPU run may ask for it; here it is no error but an upper bound, and said."""
 
@@ -274,6 +278,7 @@ def test_bad_input_is_one_line(
     assert not [fragment for fragment in expected if fragment not in error], error
 
 
+@pytest.mark.slow
 def test_sglang_takes_its_share_of_the_gpus_that_it_is_on(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("mixture.student=1", "rollout.backend=sglang", "--gpus", "64", "--memory", "80GB")
     share = f"{40e9 / 2**30:.2f}"

@@ -84,6 +84,8 @@ CASES = {
     "latent attention, ep2 fp32": Case({"ep": 2, "dp": 2}, model="latent", teacher={}),
 }
 SLOW = (
+    "dp2 bf16",
+    "cp2 bf16",
     "dp2 selective recompute",
     "tp2 x dp2 bf16",
     "dp2 fp32",

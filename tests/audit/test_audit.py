@@ -71,10 +71,11 @@ def checks_of(config: Config) -> list[Check]:
         ({}, {"student": {"dtype": "bfloat16"}, "loss": {"opd": "topk_reverse_kl", "reference_kl": 0.1}}, 14),
         ({"tp": 2, "sequence_parallel": True}, {}, 13),
         ({"pp": 2}, {"loss": {"opd": "jsd", "off_policy": "divergence", "aggregation": "response", "stop_class": "none"}}, 9),
-        (
+        pytest.param(
             {"pp": 2, "vpp": 2, "dp": 2},
             {"teacher": {"parallel": {"tp": 2, "cp": 2, "sequence_parallel": True}}, "reference": {"parallel": {"tp": 2}}},
             12,
+            marks=pytest.mark.slow,
         ),
         ({"cp": 2}, {}, 11),
         (
@@ -82,8 +83,10 @@ def checks_of(config: Config) -> list[Check]:
             {"student": {"model": "moe"}, "teacher": {"parallel": {"tp": 2}}, "reference": {"parallel": {"ep": 2, "cp": 2}}},
             12,
         ),
-        ({"dp": 2}, {"mixture": {"student": 0, "teacher": 0, "gold": 1}, "reference": None}, 9),
-        ({"tp": 2}, {"teacher": SERVED, "loss": {"opd": "topk_forward_kl", "k": 7}}, 13),
+        pytest.param(
+            {"dp": 2}, {"mixture": {"student": 0, "teacher": 0, "gold": 1}, "reference": None}, 9, marks=pytest.mark.slow
+        ),
+        pytest.param({"tp": 2}, {"teacher": SERVED, "loss": {"opd": "topk_forward_kl", "k": 7}}, 13, marks=pytest.mark.slow),
         ({"tp": 2}, {"teacher": SERVED, "loss": {"opd": "topk_reverse_kl", "k": 7}}, 13),
     ],
     ids=[

@@ -78,7 +78,7 @@ def test_half_the_memory_at_a_bounded_divergence(pool: WorkerPool, table: Table,
 
 
 @needs_modelopt
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(each, marks=[pytest.mark.slow] * (each == "pp2")) for each in LAYOUTS])
 def test_layouts_hold_the_same_weights(pool: WorkerPool, models: dict[str, Path], layout: str) -> None:
     """In the student's own layout, and in another one than the student's."""
     alone, parallel = ParallelConfig(), LAYOUTS[layout]
@@ -110,8 +110,8 @@ def test_experts_and_offloading(pool: WorkerPool, models: dict[str, Path]) -> No
     ("name", "parallel"),
     [
         ("dense", ParallelConfig(tp=2)),
-        ("experts", ParallelConfig(ep=2, dp=2)),
-        ("gemma3", ParallelConfig(tp=2)),  # whose linear layers are followed by norms
+        pytest.param("experts", ParallelConfig(ep=2, dp=2), marks=pytest.mark.slow),
+        pytest.param("gemma3", ParallelConfig(tp=2), marks=pytest.mark.slow),  # whose linear layers are followed by norms
     ],
 )
 def test_the_advisor_counts_the_same_bytes(

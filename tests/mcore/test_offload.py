@@ -50,7 +50,7 @@ def living() -> tuple[int, int]:
     return len(tensors), storage_bytes(tensors)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tp2")])
 def test_offloading_changes_no_bit(pool: WorkerPool, models: tuple[str, str], name: str) -> None:
     case = LAYOUTS[name]
     offloaded = pool.run(case.world_size, train_steps, *models, case, 3)
@@ -97,6 +97,7 @@ def test_each_phase_has_the_memory_to_itself(pool: WorkerPool, models: tuple[str
         assert seen["teacher after scoring, not its waiting copy"] == 0
 
 
+@pytest.mark.slow
 def test_twenty_cycles_take_no_more_memory_than_two(pool: WorkerPool, models: tuple[str, str]) -> None:
     """The optimizer's state appears in the first step."""
     for _, after_cycle in pool.run(2, memory_of_phases, *models, LAYOUTS["tp2"], 20):

@@ -84,10 +84,10 @@ EXPERT_LAYOUTS = {
     "ep2, selective recompute": Case(P(ep=2, dp=2), native=RECOMPUTE_MOE),
 }
 FAST = (
-    *("tp2 sp", "pp2", "dp2", "cp2", "tp2 sp x cp2", "cp2 x pp2", "tp2 x dp2", "pp2 vpp2", "pp2 vpp2 x dp2"),
+    *("tp2 sp", "pp2", "dp2", "cp2", "tp2 sp x cp2", "tp2 x dp2", "pp2 vpp2"),
     *("pp2 x dp2, overlapped", "tp2, full recompute", "tp2 sp, selective recompute"),
 )
-FAST_EXPERTS = ("dp2", "ep2", "ep2 x pp2", "tp2 sp x ep2")
+FAST_EXPERTS = ("ep2", "tp2 sp x ep2")
 
 
 def slow_unless(fast: Sequence[str], names: Iterable[str]) -> list[ParameterSet]:

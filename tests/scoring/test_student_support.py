@@ -81,7 +81,10 @@ def two_steps(student: str, teacher: str, case: Case, served: bool) -> tuple[lis
     return stats, scorer.figures()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+FAST = ("one rank", "tp2 sp, offloaded")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in LAYOUTS])
 def test_steps_are_those_of_a_megatron_teacher(pool: WorkerPool, models: tuple[str, str], name: str) -> None:
     case = LAYOUTS[name]
     case = replace(case, max_tokens=64, objective=OBJECTIVE if case.objective is STABLE_OPD else case.objective)
