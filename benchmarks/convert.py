@@ -2,7 +2,7 @@
 
     python -m benchmarks.convert [--processes 2 --layers 8 --shard-mb 128 --folder DIR]
 
-The copy has as many processes, which take one file after the other, and the converter's own digest (BLAKE2b). Copy and
+The copy has as many processes, which take one file after the other, and the converter's own digest (BLAKE3). Copy and
 conversions alternate within each repeat; the median of the ratios of their rates is printed, and all of them. On a machine with
 other load the ratio of the least processor times tells more, since load only adds to them. The source is in the system's cache
 for both. Conversions do what they do by default: a source with a manifest, which is any but the first, is compared with it.
@@ -12,7 +12,6 @@ What a conversion does once, whatever the model's size (the model's plan), count
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_opd.config import ParallelConfig
@@ -143,7 +143,7 @@ def _copy(source: Path, target: Path, processes: int) -> None:
 
 
 def _copy_file(source: Path, target: Path, report: Report) -> str:
-    digest, block = hashlib.blake2b(digest_size=16), memoryview(bytearray(BLOCK))
+    digest, block = blake3(), memoryview(bytearray(BLOCK))
     with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
         while count := reading.readinto(block):
             digest.update(block[:count])

@@ -31,7 +31,7 @@ from megatron_opd.types import OpdError
 
 RELEASE = "release"  # Megatron-LM's name for weights that no training step of its own has made
 HF_FILES = "hf"  # beside it: config.json, tokenizer and so on, byte for byte
-_FORMAT = 3  # counts up when other files are written for the same model: those of before are not gone on with
+_FORMAT = 4  # counts up when other files are written for the same model: those of before are not gone on with
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_opd.conversion.digests import MANIFEST, Digesting, Digests, SourceCheck, manifest_text
+from megatron_opd.conversion.digests import MANIFEST, Digest, Digesting, SourceCheck, manifest_text
 from megatron_opd.conversion.workers import Interrupted, Report, StartReport, Task, portable, share
 from megatron_opd.hf_folder import INDEX
 from megatron_opd.mcore.checkpoint_files import list_files, root_cause
@@ -48,7 +48,7 @@ class OutputFile:
 class Written:
     """A file that is on the disk."""
 
-    digests: Digests  # of the bytes on their way to the disk
+    digest: Digest  # of the bytes on their way to the disk
     notes: list[int]  # what its `write` has returned
 
 
@@ -87,7 +87,7 @@ class Partial:
                 notes = file.write(stream, report)  # type: ignore[arg-type]  # of a stream, all that writing needs
                 raw.flush()
                 os.fsync(raw.fileno())
-                return Written(stream.digests(), notes)
+                return Written(stream.digest(), notes)
 
         return write
 
@@ -99,8 +99,8 @@ class Partial:
         """Of all files; of those that :meth:`write` has not written, which are small, after reading them."""
         rest = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         small = list_files([path for path in rest if self._name(path) not in self.finished], self.folder, to_disk=True)
-        listed = {name: Digests(size, digest, int(crc, 16)) for name, (size, digest, crc) in small.items()}
-        listed |= {name: written.digests for name, written in self.finished.items()}
+        listed = {name: Digest(*entry) for name, entry in small.items()}
+        listed |= {name: written.digest for name, written in self.finished.items()}
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(manifest_text(listed))
             file.flush()
@@ -144,7 +144,7 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
         try:
             result = _resumed(partial, target, identity, say, stack)
             _check_disk(
-                target, needed - sum(written.digests.nbytes for written in result.finished.values()) if result else needed
+                target, needed - sum(written.digest.nbytes for written in result.finished.values()) if result else needed
             )
             result = result or _begun(partial, identity, stack)
         except OSError as error:
@@ -194,8 +194,8 @@ def _resumed(
         recorded = _read_journal(journal)
         files = partial / _FILES
         if recorded and recorded[0] == identity and files.is_dir():
-            finished = {entry["name"]: Written(Digests(**entry["digests"]), entry["notes"]) for entry in recorded[1:]}
-            finished = {name: written for name, written in finished.items() if _has_size(files / name, written.digests.nbytes)}
+            finished = {entry["name"]: Written(Digest(**entry["digest"]), entry["notes"]) for entry in recorded[1:]}
+            finished = {name: written for name, written in finished.items() if _has_size(files / name, written.digest.nbytes)}
             for path in files.rglob("*"):
                 if path.is_file() and str(path.relative_to(files)) not in finished:
                     path.unlink()

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,17 +23,19 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from blake3 import blake3
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.processes import end_with_parent
 from megatron_opd.types import OpdError
 
 Result = TypeVar("Result")
-Files = dict[str, tuple[int, str, str]]  # bytes, BLAKE2b and CRC32, by the path within the folder
+Files = dict[str, tuple[int, str]]  # bytes and BLAKE3 digest, by the path within the folder
 STATE = "state.json"
 LATEST = "latest_checkpointed_iteration.txt"
+_DIGEST_LENGTH = 64  # hexadecimal digits
 _NAME = re.compile(r"iter_(\d{7,})")
-_BLOCK = 1 << 22  # bytes
+_BLOCK = 1 << 20  # bytes
 _BALLAST, _BALLAST_BYTES = ".ballast", 1 << 26
 
 
@@ -96,10 +96,10 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(path: Path) -> str | None:
     """What is missing or has another size, if anything."""
     try:
-        listed = read_state(path).get("files", {})
+        listed = read_files(path)
     except OpdError as error:
         return str(error)
-    for name, (size, *_) in listed.items():
+    for name, (size, _) in listed.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -115,6 +115,16 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise OpdError(f"checkpoint {path}: {STATE} cannot be read; delete this folder to use the checkpoint before") from error
     return content
+
+
+def read_files(path: Path) -> Files:
+    """All but the state itself. Raises OpdError."""
+    listed = read_state(path).get("files", {})
+    if any(len(digest) != _DIGEST_LENGTH for _, digest, *_ in listed.values()):
+        raise OpdError(
+            f"checkpoint {path}: {STATE} has the digests of an earlier version; go on with that version, or delete this folder"
+        )
+    return {name: (size, digest) for name, (size, digest) in listed.items()}
 
 
 @dataclass(frozen=True)
@@ -320,16 +330,15 @@ def _files(folder: Path) -> list[Path]:
 
 def list_files(files: Iterable[Path], folder: Path, *, to_disk: bool) -> Files:
     """``to_disk``: wait until their content is there."""
-    listed = {}
+    listed, block = {}, memoryview(bytearray(_BLOCK))
     for file in files:
-        digest, crc = hashlib.blake2b(digest_size=16), 0
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-                crc = zlib.crc32(block, crc)
+        digest = blake3()
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(block):
+                digest.update(block[:count])
             if to_disk:
                 os.fsync(stream.fileno())
-        listed[str(file.relative_to(folder))] = (file.stat().st_size, digest.hexdigest(), f"{crc:08x}")
+        listed[str(file.relative_to(folder))] = (file.stat().st_size, digest.hexdigest())
     return listed
 
 
@@ -350,12 +359,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _wrong_content(path: Path) -> str | None:
     """The first file whose digest is another one. Collective over the world, equal on all ranks."""
-    expected = read_state(path).get("files", {})
+    expected = read_files(path)
     share = _files(path)[dist.get_rank() :: dist.get_world_size()]
     try:
         parts = _together(lambda: list_files(share, path, to_disk=False))
     except SaveFailed as error:
         return f"cannot be read ({error})"
     found = {name: entry for part in parts for name, entry in part.items()}
-    changed = (name for name, entry in expected.items() if name not in found or found[name][:2] != tuple(entry[:2]))
+    changed = (name for name, entry in expected.items() if name not in found or found[name] != entry)
     return next((f"the content of {name} has changed" for name in changed), None)

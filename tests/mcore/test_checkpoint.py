@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -249,6 +250,16 @@ def test_damaged_checkpoint_is_left_out_for_the_one_before(
     harm(older / "b.distcp")
     path, skipped = pool.run(2, verified, str(tmp_path))[0]
     assert path is None and len(skipped) == 2
+
+
+def test_digests_of_another_kind_are_named(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(1, write_files, str(tmp_path / "iter_0000002"))
+    state = tmp_path / "iter_0000002" / "state.json"
+    content = json.loads(state.read_text())
+    content["files"] = {name: [size, digest[:32], "0badf00d"] for name, (size, digest) in content["files"].items()}
+    state.write_text(json.dumps(content))
+    assert latest_checkpoint(tmp_path) is None
+    assert "has the digests of an earlier version; go on with that version" in pool.run(1, verified, str(tmp_path))[0][1][0]
 
 
 def test_oldest_checkpoints_go_first(pool: WorkerPool, tmp_path: Path) -> None:
