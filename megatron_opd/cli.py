@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import Config
 from megatron_opd.config_file import load_config
 from megatron_opd.processes import QuickExit, loading
-from megatron_opd.types import OpdError, RunStopped
+from megatron_opd.types import OpdError, RunInterrupted, RunStopped
 
 if TYPE_CHECKING:
     from megatron_opd.mcore.platform import Platform
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: the run stopped itself, the audit failed or memory is short; 2: bad input, one line on stderr."""
+    """Exit code 0: done; 1: the run stopped itself, the audit failed or memory is short; 2: bad input, one line on stderr;
+    75: a signal ended the run after a checkpoint, and the same command goes on."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
     try:
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RunStopped as error:
         return _fail(error, 1)
+    except RunInterrupted as error:
+        return _fail(error, os.EX_TEMPFAIL)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -129,10 +132,11 @@ def _on_all_ranks(
 
     ``check``: what is looked at before there are processes; None: all that a run needs.
     """
-    from megatron_opd.launch import joined_world, local_rank, local_world_size, run_ranks
+    from megatron_opd.launch import join_slurm, joined_world, local_rank, local_world_size, run_ranks
     from megatron_opd.mcore.platform import Platform
     from megatron_opd.preflight import prepare
 
+    join_slurm()
     platform = Platform.detect(local_rank())
     if joined_world() is not None:
         return 0 if succeeds(config, platform) else 1

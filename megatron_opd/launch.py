@@ -1,8 +1,9 @@
-"""Start the processes of a layout on this machine, unless torchrun has already done so."""
+"""Start the processes of a layout on this machine, unless torchrun or Slurm has already done so."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,11 +13,38 @@ from types import FrameType
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.platform import Platform
+from megatron_opd.stop_signal import SIGNALS
 from megatron_opd.types import OpdError
+
+_EPHEMERAL_PORTS = 32768  # and above: anybody may get one
+
+
+def join_slurm() -> None:
+    """As one of several tasks of ``srun``, say to torch.distributed what torchrun would have said.
+
+    The first task's node is where the ranks meet, at a port that follows from the job's number, unless MASTER_ADDR and
+    MASTER_PORT say otherwise. Raises OpdError where several nodes have no name that can be read.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks == 1:  # the batch script itself has one
+        return
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], str(tasks)
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+    os.environ.setdefault("MASTER_PORT", str(_EPHEMERAL_PORTS - 1 - int(os.environ["SLURM_JOB_ID"]) % 10_000))
+
+
+def first_host(nodes: str) -> str:
+    """Of Slurm's short form of a list: ``gpu[007-012,040],login1`` begins with ``gpu007``. Raises OpdError."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^\[,]*)(?:,|$)", nodes)
+    if found is None:
+        raise OpdError(f"SLURM_STEP_NODELIST: {nodes} cannot be read; set MASTER_ADDR to the first node's name")
+    return "".join(part or "" for part in found.groups())
 
 
 def joined_world() -> int | None:
-    """The world size that torchrun set for this process, or None when it was started alone."""
+    """The world size that torchrun or :func:`join_slurm` set for this process, or None when it was started alone."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
@@ -35,7 +63,10 @@ def local_world_size(parallel: ParallelConfig, device_count: int | None) -> int:
 
 
 def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
-    """Run ``command`` once for each rank; the first failure ends the others. Returns the first non-zero exit code, or 0."""
+    """Run ``command`` once for each rank; the first failure ends the others. Returns the first non-zero exit code, or 0.
+
+    A rank that ended as it was asked to is no failure: the others do so too.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,7 +84,7 @@ def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in (*SIGNALS, signal.SIGINT)}
     try:
         return _wait(ranks)
     finally:
@@ -66,10 +97,10 @@ def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code]
+        failed = [code for code in codes if code and code != os.EX_TEMPFAIL]
         if failed:
             time.sleep(1.0)  # let the other ranks say what they saw
             return abs(failed[0])
-        if all(code == 0 for code in codes):
-            return 0
+        if all(code is not None for code in codes):
+            return max(code or 0 for code in codes)
         time.sleep(0.05)

@@ -10,7 +10,7 @@ from megatron_opd.mcore.checkpoint import start_checkpoint
 from megatron_opd.mcore.checkpoint_files import CheckpointWrite, SaveFailed, latest_checkpoint
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.reporter import Reporter
-from megatron_opd.types import RunStopped, TrainState
+from megatron_opd.types import RunInterrupted, RunStopped, TrainState
 
 _MOST_FAILURES = 3  # in a row
 
@@ -33,7 +33,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, RunStopped):
+        if kind is None or issubclass(kind, (RunStopped, RunInterrupted)):
             self.finish()
         elif self._pending is not None:
             self._pending.abandon()

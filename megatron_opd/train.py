@@ -29,12 +29,14 @@ from megatron_opd.reporter import Reporter
 from megatron_opd.rollout.versions import check_versions
 from megatron_opd.saver import Saver
 from megatron_opd.setup import System, build_system
+from megatron_opd.stop_signal import StopSignal
 from megatron_opd.types import (
     Alarm,
     FrozenScores,
     OpdError,
     PackedBatch,
     RolloutEngine,
+    RunInterrupted,
     RunStopped,
     Scorer,
     StepStats,
@@ -45,7 +47,7 @@ from megatron_opd.types import (
 def train(config: Config, platform: Platform) -> None:
     """Run ``config`` on the ranks that torch.distributed's environment describes; every rank calls it.
 
-    Raises OpdError for bad input, RunStopped when the run cannot usefully go on.
+    Raises OpdError for bad input, RunStopped when the run cannot usefully go on, RunInterrupted when a signal has ended it.
     """
     init_process_group(platform)
     try:
@@ -53,15 +55,23 @@ def train(config: Config, platform: Platform) -> None:
         layout = init_layout(config.student.parallel, config.run.seed)
         system = build_system(config, inputs, platform, layout)
         with closing(system), Reporter(config, inputs.resume_step, inputs.tokenizer, rank=dist.get_rank()) as reporter:
-            with Saver(config, system.trainer, reporter) as saver:
+            with Saver(config, system.trainer, reporter) as saver, StopSignal() as stop:
                 recovery = Recovery(config, system, saver, reporter)
-                state = _run(config, inputs, system, reporter, saver, recovery)
+                state = _run(config, inputs, system, reporter, saver, recovery, stop)
             _finish(config, inputs, system, state, reporter)
     finally:
         dist.destroy_process_group()
 
 
-def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, saver: Saver, recovery: Recovery) -> TrainState:
+def _run(
+    config: Config,
+    inputs: Inputs,
+    system: System,
+    reporter: Reporter,
+    saver: Saver,
+    recovery: Recovery,
+    stop: StopSignal,
+) -> TrainState:
     trainer, layout = system.trainer, system.trainer.layout
     state = TrainState()
     if inputs.resume:
@@ -132,8 +142,12 @@ def _run(config: Config, inputs: Inputs, system: System, reporter: Reporter, sav
         if turning_back := [alarm for alarm in alarms if alarm.level == "rollback"]:
             state = recovery.roll_back(state, turning_back[0])
             continue
-        if state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
+        asked = stop.received()
+        if asked or state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
             saver.save(state)
+        if asked and state.step < config.run.steps:
+            saver.finish()
+            raise RunInterrupted(f"step {state.step}: {asked}; the last checkpoint is {latest_checkpoint(saver.folder)}")
     return state
 
 

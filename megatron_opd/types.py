@@ -35,6 +35,10 @@ class RunStopped(Exception):
     """The run cannot usefully go on: non-finite steps, an alarm that asks to stop, no engine left. One line; exit code 1."""
 
 
+class RunInterrupted(Exception):
+    """The run was asked to end, and has, after a checkpoint: the same command goes on. One line; exit code 75, EX_TEMPFAIL."""
+
+
 class Source(StrEnum):
     """Who wrote a response; each source is normalised by its own global count."""
 

@@ -65,13 +65,18 @@ def run(folder: Path, config: dict[str, Any], *overrides: str, command: str = "t
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def kill_after_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    """SIGKILL to all of its processes as soon as the metrics show ``step``."""
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until the metrics show ``step``."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not any(record["step"] >= step for record in metrics(run_dir)):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_after_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """SIGKILL to all of its processes as soon as the metrics show ``step``."""
+    wait_for_step(process, run_dir, step)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

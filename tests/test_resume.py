@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,16 @@ from safetensors.torch import load_file
 
 from tests import runs
 from tests.runs import TIMINGS
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights and metrics, bit for bit."""
+    expected, actual = (load_file(folder / "hf" / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    for here, there in zip(runs.metrics(one), runs.metrics(other), strict=True):
+        for name in here:
+            if not name.startswith(TIMINGS):
+                assert here[name] == there[name], (here["step"], name)
 
 
 def test_old_checkpoints_are_deleted(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
@@ -32,12 +44,24 @@ def test_killed_run_resumes_to_bitwise_the_same_weights(uninterrupted: tuple[Pat
     assert result.returncode == 0, result.stderr
     assert not torn.exists()
 
-    expected, actual = load_file(folder / "run" / "hf" / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    for one, other in zip(runs.metrics(folder / "run"), runs.metrics(run_dir), strict=True):
-        for name in one:
-            if not name.startswith(TIMINGS):
-                assert one[name] == other[name], (one["step"], name)
+    assert_same_run(folder / "run", run_dir)
+
+
+def test_run_that_is_asked_to_end_ends_after_a_checkpoint_and_goes_on(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, config, _ = uninterrupted
+    run_dir = folder / "asked"
+    asked = {**config, "run": {**config["run"], "name": "asked", "dir": str(run_dir)}, "checkpoint": {"every": 6, "keep": 2}}
+    process = runs.start(folder, asked)
+    runs.wait_for_step(process, run_dir, step=2)
+    process.send_signal(signal.SIGTERM)  # to the launcher alone, which passes it on
+    _, stderr = process.communicate(timeout=runs.TIMEOUT_SECONDS)
+    assert process.returncode == os.EX_TEMPFAIL, stderr
+    last = max(record["step"] for record in runs.metrics(run_dir))
+    assert last < 6 and f"step {last}: SIGTERM; the last checkpoint is" in stderr and f"iter_{last:07d}" in stderr
+    assert "Traceback" not in stderr
+    result = runs.run(folder, asked)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / "run", run_dir)
 
 
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
