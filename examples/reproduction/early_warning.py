@@ -40,6 +40,10 @@ def early_warning() -> list[Row]:
     return rows
 
 
+def by_group(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: [*_GROUPS, "demo"].index(row["group"]))
+
+
 def early_warning_table(rows: Sequence[Row]) -> str:
     lines = [
         "| run | pair | accuracy, end less start | truncation at the end | warned at step | down by 0.15 at step | largest |",

@@ -1,5 +1,7 @@
 """The runs that are there → docs/reproduction/results.json, and the tables inside docs/reproduction.md.
 
+Of runs that are not there, what an earlier call with the same recipe has left in results.json stays.
+
 python -m examples.reproduction.table
 """
 
@@ -12,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction.arms import ARMS, EVERY, GROUPS, PAIRS, run_folder
+from examples.reproduction.arms import ARMS, CONFIG, EVERY, GROUPS, PAIRS, run_folder
 from examples.reproduction.depth import DEPTHS, goes_on
-from examples.reproduction.early_warning import early_warning, early_warning_summary, early_warning_table
+from examples.reproduction.early_warning import by_group, early_warning, early_warning_summary, early_warning_table
 from examples.reproduction.final import Response, read_responses
 from examples.reproduction.make_models import HERE, WORK
 
@@ -30,8 +32,16 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    groups = {name: rows_of(group) for name, group in GROUPS.items()}
-    results = {"models": models(), **groups, "depth": depth(), "repeated": repeated(), "early_warning": early_warning()}
+    earlier = earlier_results()
+    groups = {name: rows_of(group, earlier.get(name, [])) for name, group in GROUPS.items()}
+    results = {
+        "recipe": CONFIG.read_text(encoding="utf-8"),
+        "models": models() or earlier.get("models", []),
+        **groups,
+        "depth": updated(earlier.get("depth", []), depth(), "model"),
+        "repeated": updated(earlier.get("repeated", []), repeated(), "title", "steps"),
+        "early_warning": by_group(updated(earlier.get("early_warning", []), early_warning(), "group", "title", "pair")),
+    }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     tables = {"models": models_table(results["models"]), "depth": depth_table(results["depth"])}
@@ -46,6 +56,17 @@ def main() -> None:
     print("\n\n".join(tables[name] for name in groups))
 
 
+def earlier_results() -> dict[str, Any]:
+    """Nothing where they are of another opd.yaml."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found if found.get("recipe") == CONFIG.read_text(encoding="utf-8") else {}
+
+
+def updated(earlier: Sequence[Row], rows: Sequence[Row], *keys: str) -> list[Row]:
+    """Rows that agree in ``keys`` are of the same run."""
+    return list({tuple(each[key] for key in keys): each for each in (*earlier, *rows)}.values())
+
+
 def models() -> list[Row]:
     """What the runs begin with."""
     rows = []
@@ -56,11 +77,22 @@ def models() -> list[Row]:
     return rows
 
 
-def rows_of(names: Iterable[str]) -> list[Row]:
-    """Of those whose runs are all done."""
-    return [
-        row(name) for name in names if all(done(name, pair) and done(EVERY[name].baseline, pair) for pair in EVERY[name].pairs)
-    ]
+def rows_of(names: Iterable[str], earlier: Sequence[Row]) -> list[Row]:
+    """Of those whose runs are all done, here or when ``earlier`` was written."""
+    kept = {each["name"]: each for each in earlier}
+    rows = []
+    for name in names:
+        if all(done(name, pair) and done(EVERY[name].baseline, pair) for pair in EVERY[name].pairs):
+            rows.append(row(name))
+        elif name in kept and (kept[name]["recipe"], kept[name]["pairs"]) == (recipe(name), list(EVERY[name].pairs)):
+            rows.append(kept[name])
+    return rows
+
+
+def recipe(name: str) -> list[str]:
+    """What tells the arm's runs from others."""
+    arm = EVERY[name]
+    return [*arm.overrides, arm.student, arm.teacher, arm.prompts]
 
 
 def done(name: str, pair: int) -> bool:
@@ -97,6 +129,7 @@ def row(name: str) -> Row:
     return {
         "name": name,
         "title": EVERY[name].title,
+        "recipe": recipe(name),
         "pairs": list(pairs),
         **figures(final),
         "over_opd": None if name == baseline else difference(final, plain),
