@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip
 # Whole files to a process, for what the tests of a file share.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard megatron_opd tests tools examples benchmarks)
+SOURCES := $(wildcard megatron_opd tests tools examples benchmarks docker)
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 MCORE := .mcore-0.19
 
