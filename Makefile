@@ -38,7 +38,7 @@ export TOKENIZERS_PARALLELISM := false
 # The rest never imports it, which lint-imports holds, or is about the advisor's and the converter's own rules.
 OF_MEGATRON := $(addprefix tests/,advisor/test_footprint.py audit \
 	$(addprefix conversion/,test_logits.py test_round_trip.py test_trainer_loads.py) \
-	mcore scoring weight_sync test_resume.py test_run.py)
+	mcore scoring weight_sync test_run.py)
 SGLANG := .venv-sglang
 SMOLLM2 := examples/smollm2/work/.made
 

@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def main() -> None:
     earlier = earlier_results()
     groups = {name: rows_of(group, earlier.get(name, [])) for name, group in GROUPS.items()}
-    results = {
+    results: dict[str, Any] = {
         "recipe": CONFIG.read_text(encoding="utf-8"),
         "models": models() or earlier.get("models", []),
         **groups,

@@ -17,6 +17,10 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}" || exit $REFUSED
     exit $REFUSED
 }
 
+CODES=$PWD/runs/.codes-${SLURM_JOB_ID:?}
+mkdir -p "$CODES"
+trap 'rm -rf "$CODES"' EXIT
+
 # NCCL: a rank that is lost ends the others' collectives after the timeout, rather than never; flight recorder for the post-mortem.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export TORCH_FR_BUFFER_SIZE=2000
@@ -41,19 +45,18 @@ make_step() {
     if [[ -n $IMAGE ]]; then
         step+=("--container-image=$IMAGE" "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD")
     fi
-    step+=(bash -c "${SETUP:+$SETUP && }"'exec "$@"' -- "$@")
+    # What a task ends with by itself tells more than srun's code, which is that of the tasks that were killed after it. Signals go to all
+    # of a task's processes; this one outlives them to note the code.
+    # shellcheck disable=SC2016  # for the task's shell to expand
+    step+=(bash -c "${SETUP:+$SETUP && }"'trap : USR1 TERM; "$@"; code=$?; echo $code >"$0/$SLURM_PROCID"; exit $code' "$CODES" "$@")
 }
 
 # Every node has its GPUs, free and without uncorrected errors, and writes to the shared folder. A node that does not is named before
 # hundreds of GPUs wait for it.
 check_nodes() {
-    local folder=runs/.nodes-$SLURM_JOB_ID status=0
-    mkdir -p "$folder"
     make_step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- \
-        bash examples/slurm/check_node.sh "${SLURM_GPUS_PER_NODE:-0}" "$folder"
-    "${step[@]}" || status=$?
-    rm -r "$folder"
-    return $status
+        bash examples/slurm/check_node.sh "${SLURM_GPUS_PER_NODE:-0}" "$CODES"
+    "${step[@]}"
 }
 
 # train SRUN_OPTIONS... -- CONFIG [key=value ...]    then end, or start again where that helps
@@ -64,6 +67,7 @@ train() {
         shift
     done
     shift
+    rm -f "$CODES"/*
     make_step "${options[@]}" -- megatron-opd train "$@"
     "${step[@]}" &  # not a function: a signal to it must be one to srun
     training=$!
@@ -77,11 +81,16 @@ train() {
         wait "$training" || code=$?
     done
     trap - USR1
-    case $code in
-        0) echo "job $SLURM_JOB_ID: done" ;;
-        "$STOPPED" | "$REFUSED") echo "job $SLURM_JOB_ID: ended with $code, which starting again would not change" ;;
-        *) requeue "$code" ;;
-    esac
+    local final
+    final=$(cat "$CODES"/* 2>/dev/null | grep -xE -m1 "$STOPPED|$REFUSED") || true
+    if [[ $final ]]; then
+        echo "job $SLURM_JOB_ID: ended with $final, which starting again would not change"
+        exit "$final"
+    elif ((code)); then
+        requeue "$code"
+    else
+        echo "job $SLURM_JOB_ID: done"
+    fi
     exit "$code"
 }
 

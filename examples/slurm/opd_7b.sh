@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #
-# StableOPD of a 7B student from a 32B teacher, one node of 8 H100 80 GB: SGLang and training have the GPUs by turns.
+# StableOPD of an 8B student from a 32B teacher, one node of 8 H100 80 GB: SGLang and training have the GPUs by turns.
 #
 #     sbatch examples/slurm/opd_7b.sh [CONFIG] [key=value ...]
 #
