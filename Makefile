@@ -1,5 +1,5 @@
 # make demo    set up, then distil a tiny model end to end
-# make test    set up, then run the tests; test-slow: the long matrices; test-mcore-0.19: what touches Megatron, against 0.19.2
+# make test    set up, then run the tests; test-slow: the long matrices, test-exhaustive: all of them; test-mcore-0.19: what touches Megatron, against 0.19.2
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
 # make check   lint, format, types, layers
 #
@@ -42,7 +42,7 @@ OF_MEGATRON := $(addprefix tests/,advisor/test_footprint.py audit \
 SGLANG := .venv-sglang
 SMOLLM2 := examples/smollm2/work/.made
 
-.PHONY: setup demo reproduce test test-slow test-mcore-0.19 smollm2 sglang test-sglang check
+.PHONY: setup demo reproduce test test-slow test-exhaustive test-mcore-0.19 smollm2 sglang test-sglang check
 
 setup: $(INSTALLED)
 
@@ -68,6 +68,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED) $(SMOLLM2)
 	$(PYTEST) -m "slow and not sglang" $(ARGS)
+
+test-exhaustive: $(INSTALLED)
+	$(PYTEST) -m exhaustive $(ARGS)
 
 smollm2: $(SMOLLM2)
 

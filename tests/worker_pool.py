@@ -101,7 +101,9 @@ class WorkerPool:
         self._workers = []
 
     def _start(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads and locks
+        # Forked from a process that has imported, and done nothing: from this one they would inherit torch's threads and locks.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
         new = []
         for rank in range(len(self._workers), world_size):
             ours, theirs = context.Pipe()
