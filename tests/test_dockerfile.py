@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -91,6 +92,12 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     for source in sources:
         assert (ROOT / source).exists(), source
         assert not [pattern for pattern in ignored for part in Path(source).parts if fnmatch(part, pattern)], source
+
+
+def test_scripts_that_it_runs_are_executable() -> None:
+    scripts = {word for each in instructions() if each.name == "RUN" for word in each.words if (ROOT / word).suffix == ".sh"}
+    assert scripts == {"docker/cpu-setup.sh"}
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
 
 
 def test_sglangs_environment_has_the_versions_of_the_package() -> None:
