@@ -139,7 +139,7 @@ def run_dir_is_a_file(folder: Path, config: dict[str, Any]) -> None:
 def damaged_checkpoint(folder: Path, _config: dict[str, Any]) -> None:
     saved = folder / "run" / "checkpoints" / "iter_0000002"
     saved.mkdir(parents=True)
-    (saved / "state.json").write_text(json.dumps({"files": {"common.pt": [100, ""]}}))
+    (saved / "state.json").write_text(json.dumps({"files": {"common.pt": [100, "0" * 64]}}))
 
 
 def load_from(section: str) -> Change:
