@@ -86,7 +86,7 @@ class Shard:
             with self._file.open("rb", buffering=0) as stream:
                 if _state(stream.fileno()) != self._state:
                     raise OpdError(f"{self._file}: has changed while it was in use; start again")
-                _fill(stream.fileno(), stored.start + start, content.numpy().data)
+                fill(stream.fileno(), stored.start + start, content.numpy().data)
         except OSError as error:
             raise OpdError(f"{self._file}: {name} cannot be read ({error.strerror}); download it again") from error
         return content.view(_DTYPES[stored.dtype])
@@ -123,7 +123,8 @@ def _read_header(stream: Any, size: int) -> dict[str, _Stored]:
     return stored
 
 
-def _fill(descriptor: int, offset: int, view: memoryview) -> None:
+def fill(descriptor: int, offset: int, view: memoryview) -> None:
+    """``view`` with the file's bytes from ``offset`` on. Raises OSError."""
     while view:
         count = os.preadv(descriptor, [view], offset)  # no more than 2 GiB at once
         if not count:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config
 
 from megatron_opd.mcore.checkpoint_files import root_cause
 from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION
 from megatron_opd.mcore.weight_places import Blueprint, Place
+from megatron_opd.shard import fill
 from megatron_opd.types import OpdError
 
 
@@ -191,11 +193,32 @@ class WeightReader:
             items = create_read_items_for_chunk_list(place.key, stored, [wanted])
             if sum(prod(item.lengths) for item in items) != place.numel:
                 raise OpdError(f"{self.folder}: .metadata has not all of {place.key}; copy the checkpoint again")
-            self._reader.read_data(LoadPlan(items), _Into(target))
+            into = _Into(target)
+            rest = [item for item in items if not self._read_whole(item, into.resolve_tensor(item))]
+            self._reader.read_data(LoadPlan(rest), into)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, AssertionError, *_DAMAGED) as error:
             raise OpdError(
                 f"{self.folder}: {place.key} cannot be read ({root_cause(error)}); copy the checkpoint again"
             ) from error
+
+    def _read_whole(self, item: ReadItem, target: Tensor) -> bool:
+        """Read a stored block straight into ``target``, where all of it is wanted and it lies there as the target does.
+
+        torch's reader would make a tensor of the block first and then copy that.
+        """
+        info: _StorageInfo = self._reader.storage_data[item.storage_index]
+        if any(item.storage_offsets) or info.transform_descriptors or not target.is_contiguous():
+            return False
+        with (self.folder / info.relative_path).open("rb", buffering=0) as file:
+            view = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
+            stored = torch.load(view, map_location="meta", weights_only=True)
+            if (stored.shape, stored.dtype) != (target.shape, target.dtype) or not stored.is_contiguous():
+                return False
+            start = stored.untyped_storage()._checkpoint_offset + stored.storage_offset() * stored.itemsize
+            if start + target.nbytes > info.length:
+                raise ValueError(f"a block of {info.length} bytes ends within its tensor")
+            fill(file.fileno(), info.offset + start, target.view(-1).view(torch.uint8).numpy().data)
+        return True
 
     def _near(self, place: Place) -> list[ChunkStorageMetadata]:
         """Stored blocks that may overlap: where one key has thousands of experts, they cannot all be looked at each time."""
