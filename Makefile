@@ -1,6 +1,7 @@
 # make demo    set up, then distil a tiny model end to end
 # make test    set up, then run the tests; test-slow: the long matrices, test-exhaustive: all of them; test-mcore-0.19: what touches Megatron, against 0.19.2
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
+# make test-fp8-recipes    the FP8 recipes, with Transformer Engine's own recipe objects, without a GPU
 # make check   lint, format, types, layers
 #
 # make reproduce    plain OPD collapses, StableOPD does not: five arms on three pairs of models, an hour on two cores
@@ -30,6 +31,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard megatron_opd tests tools examples benchmarks docker)
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 MCORE := .mcore-0.19
+TE := .transformer-engine
 
 # One thread for each rank: the ranks already fill the cores.
 export OMP_NUM_THREADS := 1
@@ -42,7 +44,7 @@ OF_MEGATRON := $(addprefix tests/,advisor/test_footprint.py audit \
 SGLANG := .venv-sglang
 SMOLLM2 := examples/smollm2/work/.made
 
-.PHONY: setup demo reproduce test test-slow test-exhaustive test-mcore-0.19 smollm2 sglang test-sglang check
+.PHONY: setup demo reproduce test test-slow test-exhaustive test-mcore-0.19 test-fp8-recipes smollm2 sglang test-sglang check
 
 setup: $(INSTALLED)
 
@@ -89,6 +91,15 @@ $(MCORE)/.installed: $(INSTALLED)
 
 test-mcore-0.19: $(MCORE)/.installed
 	PYTHONPATH=$(abspath $(MCORE)) $(PYTEST) $(OF_MEGATRON) $(ARGS)
+
+# Its Python modules alone, of which the recipes need no CUDA; CPU runs never import them.
+$(TE)/.installed: $(INSTALLED)
+	rm -rf $(TE)
+	$(PIP) install --target $(TE) --no-deps transformer-engine==2.20.2
+	@touch $@
+
+test-fp8-recipes: $(TE)/.installed
+	$(BIN)/python -m pytest tests/mcore/test_fp8.py $(ARGS)
 
 # SGLang pins what CUDA builds need; on CPU it runs without those, so it is installed without its dependencies.
 $(SGLANG)/.installed: megatron_opd/sglang/cpu/requirements.txt

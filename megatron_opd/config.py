@@ -12,6 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_opd.types import Aggregation, Objective, OffPolicyTerm, OpdKind, SamplingParams
 
+Fp8Recipe = Literal["delayed", "current", "blockwise", "mxfp8"]
+FrozenFp8Recipe = Literal["current", "blockwise", "mxfp8"]  # delayed scaling learns its scales from training passes
+
+
+def fp8_multiple(recipe: Fp8Recipe | None) -> int:
+    """Rows and columns of every FP8 product are multiples of it: 32 where a scale is for 32 numbers; null: 1."""
+    return 1 if recipe is None else 32 if recipe == "mxfp8" else 16
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -43,10 +51,12 @@ class ParallelConfig(_Section):
         """The length of each packed sequence is a multiple of it: context parallelism cuts it into 2 cp chunks."""
         return 1 if self.cp == 1 else 2 * self.cp
 
-    @property
-    def batch_multiple(self) -> int:
-        """The tokens of a micro-batch are a multiple of it; so is :attr:`sequence_multiple` of what they are."""
-        return math.lcm(self.sequence_multiple, self.cp * (self.tp if self.sequence_parallel else 1))
+    def batch_multiple(self, rows: int = 1) -> int:
+        """The tokens of a micro-batch are a multiple of it; so is :attr:`sequence_multiple` of what they are.
+
+        Each rank then holds a multiple of ``rows`` tokens, under sequence parallelism too.
+        """
+        return math.lcm(self.sequence_multiple, rows * self.cp * (self.tp if self.sequence_parallel else 1))
 
     @property
     def microbatch_multiple(self) -> int:
@@ -61,7 +71,9 @@ class StudentConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     parallel: ParallelConfig = ParallelConfig()
     offload: bool = False  # parameters and optimizer state wait in host memory during rollouts; gradients are freed
-    fp8: None = None  # FP8 recipes are not there yet
+    # Matrix products of the layers by Transformer Engine; null: in `dtype`. More of it by `megatron`: fp8_margin,
+    # fp8_amax_history_len, first_last_layers_bf16, num_layers_at_start_in_bf16, ...
+    fp8: Fp8Recipe | None = None
     megatron: dict[str, Any] = {}  # native TransformerConfig fields, checked against the installed class
 
 
@@ -75,6 +87,7 @@ class TeacherConfig(_Section):
     parallel: ParallelConfig | None = None
     offload: bool = False  # the weights wait in host memory while the model does not score
     quantize: Literal["fp8"] | None = None  # ModelOpt holds the weights of the linear layers in FP8: half of bf16's memory
+    fp8: FrozenFp8Recipe | None = None  # products of the layers in FP8, as the student's; the weights stay in its dtype
     self_distillation: bool = False  # the teacher may have the student's own weights
 
 
@@ -84,6 +97,7 @@ class ReferenceConfig(_Section):
     parallel: ParallelConfig | None = None  # on the same ranks; null: the student's
     offload: bool = False  # the weights wait in host memory while the model does not score
     quantize: Literal["fp8"] | None = None  # as a teacher's
+    fp8: FrozenFp8Recipe | None = None  # as a teacher's
 
 
 class SamplingConfig(_Section):
@@ -343,6 +357,19 @@ class Config(_Section):
             own["reference"] = self.reference.parallel
         shared = student.model_copy(update={"vpp": 1})
         return {"student": student, **{section: parallel or shared for section, parallel in own.items()}}
+
+    @property
+    def fp8(self) -> dict[str, Fp8Recipe]:
+        """Of the models on the ranks that compute in FP8, by section."""
+        asked: dict[str, Fp8Recipe | None] = {"student": self.student.fp8}
+        asked |= {teacher_key(name): teacher.fp8 for name, teacher in self.all_teachers.items()}
+        asked["reference"] = None if self.reference is None else self.reference.fp8
+        return {section: recipe for section in self.layouts if (recipe := asked[section]) is not None}
+
+    @property
+    def row_multiple(self) -> int:
+        """Of the tokens that each rank holds of a micro-batch, which all models see."""
+        return math.lcm(*(fp8_multiple(recipe) for recipe in self.fp8.values()))
 
     def quantizes(self, section: str) -> bool:
         """Whether the frozen model in ``section`` is held in FP8."""

@@ -31,6 +31,12 @@ def check_combinations(config: Config) -> None:
         raise OpdError("teacher: not set, but mixture.teacher > 0 needs it to write; set teacher.model or mixture.teacher=0")
     if not config.all_teachers and config.objective.needs_teacher:
         raise OpdError("teacher: not set, but loss.off_policy=divergence needs its scores; set teacher.model")
+    frozen = {teacher_key(name): teacher for name, teacher in config.all_teachers.items()}
+    for key, model in {**frozen, "reference": config.reference}.items():
+        if model is not None and model.fp8 is not None and model.quantize is not None:
+            raise OpdError(
+                f"{key}.fp8: {model.fp8}, but {key}.quantize holds the weights for products in bf16; set one to null"
+            )
     for name, teacher in config.all_teachers.items():
         key = teacher_key(name)
         if teacher.backend == "sglang":
@@ -221,6 +227,7 @@ def _check_served_teacher(config: Config, key: str, teacher: TeacherConfig) -> N
             f"{remedy}, or start the servers elsewhere and set {key}.urls"
         )
     ignored = {"load": teacher.load is not None, "offload": teacher.offload, "quantize": teacher.quantize is not None}
+    ignored["fp8"] = teacher.fp8 is not None
     for name, used in ignored.items():
         if used:
             raise OpdError(f"{key}.{name}: set, but {key}.backend=sglang serves {key}.model as it is; remove it")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, fp8_multiple
 from megatron_opd.data import Multiples
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.platform import Platform
@@ -112,7 +112,7 @@ def _sync(
     probe = Probe(
         inputs.prompts,
         context=inputs.student.config.max_position_embeddings,
-        multiples=Multiples.of([config.student.parallel]),
+        multiples=Multiples.of([config.student.parallel], fp8_multiple(config.student.fp8)),
         bound=rollout.max_engine_gap,
     )
     return EngineSync(

@@ -60,7 +60,7 @@ def findings(
     own_ends: tuple[int, ...],
     teacher_ends: Mapping[str, tuple[int, ...]],
 ) -> tuple[str, ...]:
-    """Of the tokenizers, a line each. ``note``: taken care of; ``warning``: it goes on, perhaps not where the user wants."""
+    """Of tokenizers and FP8, a line each. ``note``: taken care of; ``warning``: it goes on, maybe not where the user wants."""
     lines = []
     if any(ends != own_ends for ends in teacher_ends.values()):
         shown = end_tokens(tokenizer, own_ends, teacher_ends)
@@ -74,6 +74,11 @@ def findings(
     for name, other in teacher_tokenizers.items():
         if differing := disagreements(tokenizer, other):
             lines.append(f"note: {teacher_key(name)}.model: tokenizer (student / teacher): {'; '.join(differing)}")
+    if config.student.fp8 == "delayed":
+        lines.append(
+            "warning: student.fp8: delayed has no scales before the first training pass: the first step, and the probe of the "
+            "first weights that engines get, are computed with scales of 1; set student.fp8=current"
+        )
     return tuple(lines)
 
 

@@ -20,9 +20,10 @@ from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
 from megatron_opd.mcore.families.family import window
+from megatron_opd.mcore.fp8 import check_fp8_platform
 from megatron_opd.mcore.frozen_fp8 import check_fp8
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
-from megatron_opd.mcore.model import ModelSpec, TransformerConfig, dtype_of, model_spec, transformer_config
+from megatron_opd.mcore.model import ModelSpec, TransformerConfig, check_model_fp8, dtype_of, model_spec, transformer_config
 from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.quantization import require_modelopt
@@ -104,16 +105,21 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
         data_parallel_size(layout, world_size, section)
     student = HFFolder(resolve_model(config.student.model))
     student_spec = model_spec(student, parallel, "student")
-    student_config = transformer_config(student_spec, parallel, platform, dtype_of(config), config.student.megatron)
+    student_config = transformer_config(
+        student_spec, parallel, platform, dtype_of(config), config.student.megatron, fp8=config.student.fp8
+    )
     teachers, reference = _frozen_folders(config, student)
     served = frozenset(config.served_teachers) & frozenset(teachers)
     models = Models(student, teachers, reference, student_spec, student_config, {}, served)
     specs = {section: model_spec(folder, config.layouts[section], section) for section, folder in models.frozen.items()}
     models = replace(models, frozen_specs=specs)
     for section, spec in specs.items():
-        transformer_config(spec, config.layouts[section], platform, dtype_of(config), {}, section)
+        transformer_config(spec, config.layouts[section], platform, dtype_of(config), {}, section, config.fp8.get(section))
         if config.quantizes(section):
             check_fp8(spec, config.layouts[section], section)
+    for section, recipe in config.fp8.items():
+        if (each := {"student": student_spec, **specs}.get(section)) is not None:
+            check_model_fp8(each, config.layouts[section], recipe, dtype_of(config), section)
     if config.rollout.backend == "sglang" and student_config.multi_latent_attention:
         _check_latent_attention(config)
     if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
@@ -149,6 +155,9 @@ def prepare_tasks(config: Config, inputs: Inputs) -> list[Task]:
 def prepare_models(config: Config, platform: Platform, world_size: int) -> Inputs:
     """Check models, tokenizers and engines: all but prompts and run.dir. Raises OpdError."""
     models = check_models(config, platform, world_size)
+    for section, recipe in config.fp8.items():
+        if section == "student" or section in models.frozen:
+            check_fp8_platform(platform, recipe, section)
     student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
     found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
     if config.student.init == "pretrained":
@@ -352,7 +361,10 @@ def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
         teachers=tuple(config.all_teachers) or ("",),
     )
     longest = max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts)
-    budget, multiple = config.packing.max_tokens_per_microbatch, Multiples.of(config.layouts.values()).tokens
+    budget, multiple = (
+        config.packing.max_tokens_per_microbatch,
+        Multiples.of(config.layouts.values(), config.row_multiple).tokens,
+    )
     longest = -(-longest // multiple) * multiple
     if longest > budget:
         raise OpdError(

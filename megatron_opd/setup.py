@@ -173,7 +173,9 @@ def _check_informed(
     """Of a frozen model on the ranks; ``teacher``: its name, None for the reference. Raises OpdError where it knows nothing."""
     written = config.mixture.student or config.mixture.teacher  # then the context has room for as many tokens
     budget = config.rollout.sampling.max_new_tokens if written else None
-    probe = Probe.of(inputs.prompts, teacher, budget, inputs.dp_size, Multiples.of(config.layouts.values()))
+    probe = Probe.of(
+        inputs.prompts, teacher, budget, inputs.dp_size, Multiples.of(config.layouts.values(), config.row_multiple)
+    )
     student = None if teacher is None else student_log_probs(trainer, probe)
     vocab_size = inputs.loss_vocab_size
     suspicion = judge(section, frozen_log_probs(scorer, probe, trainer, vocab_size), probe, student, vocab_size)
@@ -209,6 +211,7 @@ def _build_scorer(
             padded,
             checkpoint=checkpoint,
             offload=offload,
-            fp8=config.quantizes(section),
+            quantized=config.quantizes(section),
+            fp8=config.fp8.get(section),
         )
     )

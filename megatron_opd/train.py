@@ -82,7 +82,7 @@ def _run(
     if state.step == 0:
         with trainer.off_device():
             _evaluate_start(config, inputs, system, state, reporter)
-    multiples = Multiples.of(config.layouts.values())
+    multiples = Multiples.of(config.layouts.values(), config.row_multiple)
     clock = Clock()
 
     while state.step < config.run.steps:

@@ -166,6 +166,13 @@ def latent_student(folder: Path, config: dict[str, Any]) -> None:
 WINDOW = edit_json(
     "student/config.json", use_sliding_window=True, sliding_window=8, layer_types=["full_attention", "sliding_attention"]
 )
+
+
+def fp8(recipe: str) -> Change:
+    """In the dtype that it needs."""
+    return both(put("student.fp8", recipe), put("student.dtype", "bfloat16"))
+
+
 CASES: dict[str, tuple[Change, list[str]]] = {
     "misspelt key": (put("loss.refrence_kl", 0.1), ["loss.refrence_kl", "unknown key", "reference_kl"]),
     "unknown section": (put("rolout", {}), ["rolout", "unknown key", "rollout"]),
@@ -435,6 +442,19 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "checkpoint of another model": (checkpoint_of_another_model, ["iter_0000002", "num_hidden_layers", "9", "run.dir"]),
     "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
     "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),
+    "FP8 on CPU": (fp8("current"), ["student.fp8: current needs a GPU", "no GPU is visible", "student.fp8=null"]),
+    "FP8 of float32": (put("student.fp8", "current"), ["student.fp8: current", "student.dtype=bfloat16"]),
+    "unknown FP8 recipe": (put("student.fp8", "e4m3"), ["student.fp8", "delayed"]),
+    "delayed scaling of a frozen model": (put("teacher.fp8", "delayed"), ["teacher.fp8", "current"]),
+    "FP8 weights and FP8 products": (
+        both(put("teacher.fp8", "current"), put("teacher.quantize", "fp8")),
+        ["teacher.fp8: current", "teacher.quantize"],
+    ),
+    "FP8 of a served teacher": (
+        both(put("teacher.backend", "sglang"), put("teacher.fp8", "current")),
+        ["teacher.fp8: set", "remove it"],
+    ),
+    "FP8 by Megatron's own field": (put("student.megatron", {"fp8": "hybrid"}), ["student.megatron.fp8", "set student.fp8"]),
     "derived Megatron field": (put("student.megatron", {"hidden_size": 8}), ["student.megatron.hidden_size"]),
     "Megatron field that changes the model": (
         put("student.megatron", {"softmax_scale": 1.0}),

@@ -188,6 +188,11 @@ def _compared_with(scored: dict[str, ModelSpec]) -> tuple[int, ...]:
 def _notes(config: Config) -> tuple[str, ...]:
     by_te = _recomputed_by_te(config)
     return (
+        *(
+            ["FP8: products are counted in bf16; Transformer Engine's copies of weights and inputs are not"]
+            if config.fp8
+            else []
+        ),
         *(["float32: flash attention has none; without it activations are larger"] if dtype_of(config).itemsize > 2 else []),
         *(
             [f"recompute of {', '.join(by_te)}, which takes Transformer Engine: left out, activations are smaller"]

@@ -17,13 +17,13 @@ def longest_sequence(config: Config, models: Models) -> int:
 
 def shortest_microbatch(config: Config, models: Models) -> int:
     """Tokens that have room for any sequence; the preflight refuses fewer."""
-    multiple = Multiples.of(config.layouts.values()).tokens
+    multiple = Multiples.of(config.layouts.values(), config.row_multiple).tokens
     return -(-longest_sequence(config, models) // multiple) * multiple
 
 
 def largest_workload(config: Config, models: Models, gpus: int) -> Workload:
     """Full micro-batches of the longest sequences, and as many as a step can have. Raises OpdError where none has room."""
-    multiples = Multiples.of(config.layouts.values())
+    multiples = Multiples.of(config.layouts.values(), config.row_multiple)
     limit, mixture = config.packing.max_tokens_per_microbatch, config.mixture
     capacity = limit - limit % multiples.tokens
     if not capacity:

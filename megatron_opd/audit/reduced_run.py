@@ -13,6 +13,7 @@ from megatron_opd.audit.reduced_model import write_reduced_model
 from megatron_opd.config import Config, teacher_key
 from megatron_opd.data.packing import context_slice
 from megatron_opd.hf_folder import HFFolder
+from megatron_opd.mcore.fp8 import without_tuning
 from megatron_opd.mcore.frozen import FrozenModel
 from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.hf_mapping import entries, named_weights
@@ -129,7 +130,11 @@ class ReducedRun:
 def build_reduced_run(config: Config, models: ReducedModels, platform: Platform, layout: ParallelLayout) -> ReducedRun:
     parallel = config.student.parallel
     spec = model_spec(models.student, parallel, "student")
-    native = {**config.student.megatron, "hidden_dropout": 0.0, "attention_dropout": 0.0}  # a dense copy has no such draws
+    native = {
+        **without_tuning(config.student.megatron),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }  # a dense copy has no such draws
     chunks = build_model(spec, transformer_config(spec, parallel, platform, torch.float32, native), layout, platform)
     load_pretrained(chunks, spec, models.student, layout)
     trainer = GradientTrainer(

@@ -58,7 +58,7 @@ class _Step:
             dp_size=self.run.trainer.layout.dp_size,
             max_tokens=max_tokens,
             aggregation=self.config.loss.aggregation,
-            multiples=Multiples.of(self.config.layouts.values()),
+            multiples=Multiples.of(self.config.layouts.values(), self.config.row_multiple),
         )
         loss, gradients = self.run.gradients(shares)
         least = _SMALL * _norm(list(truth.gradients.values()))
@@ -102,7 +102,7 @@ def audit_step(config: Config, inputs: Inputs, platform: Platform, layout: Paral
     if layout.tp_size > 1:
         error = max((disagreement(each, layout.tp) for each in run.trainer.replicated_gradients()), default=0.0)
         checks.append(Check("replicated gradients", "those of the norms on all TP ranks", error, 0.0))
-    multiple = Multiples.of(config.layouts.values()).tokens
+    multiple = Multiples.of(config.layouts.values(), config.row_multiple).tokens
     few = -(-LONGEST_SEQUENCE // multiple) * multiple
     shuffled = random.Random(1).sample(rollouts, len(rollouts))
     checks.append(check("micro-batch split", f"micro-batches of {few} tokens", step.error(truth, rollouts, few)))

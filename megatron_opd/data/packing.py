@@ -48,12 +48,12 @@ class Multiples:
     microbatches: int = 1  # of each rank: pp for the interleaved schedule
 
     @staticmethod
-    def of(layouts: Iterable[ParallelConfig]) -> Multiples:
-        """Of the layouts of all models that see the same micro-batches."""
+    def of(layouts: Iterable[ParallelConfig], rows: int = 1) -> Multiples:
+        """Of the layouts of all models that see the same micro-batches; ``rows``: what FP8 asks of each rank's tokens."""
         layouts = list(layouts)
         return Multiples(
             sequence=math.lcm(*(layout.sequence_multiple for layout in layouts)),
-            tokens=math.lcm(*(layout.batch_multiple for layout in layouts)),
+            tokens=math.lcm(*(layout.batch_multiple(rows) for layout in layouts)),
             microbatches=math.lcm(*(layout.microbatch_multiple for layout in layouts)),
         )
 

@@ -20,6 +20,7 @@ from megatron_opd.losses.objective import opd_term
 from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.mcore.fake_world import FAKE, fake_rank, shallow
+from megatron_opd.mcore.fp8 import without_tuning
 from megatron_opd.mcore.frozen import build_frozen
 from megatron_opd.mcore.frozen_fp8 import fp8_bytes
 from megatron_opd.mcore.fused_stand_ins import FUSED_FIELDS, fuse
@@ -99,7 +100,9 @@ def state_bytes(config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
     student = config.student.parallel
     with fake_rank(rank.number, rank.world_size):
         layout = init_layout(student, config.run.seed)
-        native = transformer_config(spec, student, FAKE, dtype_of(config), {**_WITHOUT_VALUES, **config.student.megatron})
+        native = transformer_config(
+            spec, student, FAKE, dtype_of(config), {**_WITHOUT_VALUES, **without_tuning(config.student.megatron)}
+        )
         trainer = Trainer(
             build_model(spec, native, layout, FAKE),
             spec,
@@ -124,7 +127,7 @@ def state_bytes(config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
 def chunk_layers(config: Config, spec: ModelSpec, rank: Rank) -> tuple[int, ...]:
     """Layers of each of the rank's chunks."""
     parallel = config.student.parallel
-    native = transformer_config(spec, parallel, FAKE, dtype_of(config), config.student.megatron)
+    native = transformer_config(spec, parallel, FAKE, dtype_of(config), without_tuning(config.student.megatron))
     virtual = range(parallel.vpp) if parallel.vpp > 1 else [None]
     return tuple(get_num_layers_to_build(native, number, rank.stage(parallel)) for number in virtual)
 
@@ -135,7 +138,7 @@ def chunk_passes(
     """Of each of the rank's chunks; ``whole``: every layer runs, not up to three of equal ones."""
     parallel = config.student.parallel
     native = transformer_config(
-        spec, parallel, FAKE, dtype_of(config), {**_measurable(spec, kernels), **config.student.megatron}
+        spec, parallel, FAKE, dtype_of(config), {**_measurable(spec, kernels), **without_tuning(config.student.megatron)}
     )
 
     def measure(number: int, layers: int | None) -> PassBytes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_opd.config import ParallelConfig
+from megatron_opd.config import Fp8Recipe, ParallelConfig
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
 from megatron_opd.mcore.frozen_fp8 import quantize_to_fp8
@@ -30,9 +30,10 @@ def build_frozen(
     platform: Platform,
     dtype: torch.dtype,
     native: dict[str, Any] | None = None,
+    fp8: Fp8Recipe | None = None,
 ) -> tuple[HiddenStateModel, ...]:
     """This rank's chunks without an LM head and without weights; nothing in them asks for a gradient."""
-    config = transformer_config(spec, parallel, platform, dtype, native or {})
+    config = transformer_config(spec, parallel, platform, dtype, native or {}, fp8=fp8)
     chunks = build_model(spec, config, layout, platform, with_head=False)
     for chunk in chunks:
         chunk.eval()
@@ -59,7 +60,8 @@ class FrozenModel:
         *,
         checkpoint: Path | None = None,
         offload: bool = False,
-        fp8: bool = False,
+        quantized: bool = False,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         """Collective over the world.
 
@@ -69,17 +71,18 @@ class FrozenModel:
             checkpoint: of Megatron-LM, whose weights are taken in place of those in ``folder``.
             student_padded_vocab: the student's vocabulary rows over all of its tensor-parallel ranks.
             offload: the weights of the layers wait in host memory outside :meth:`on_device`.
-            fp8: the linear layers are held in FP8, once they are loaded; :func:`~.frozen_fp8.check_fp8` has passed.
+            quantized: the linear layers are held in FP8, once they are loaded; :func:`~.frozen_fp8.check_fp8` has passed.
+            fp8: the recipe of the layers' products; None: in ``dtype``.
         """
         self.student, self.platform, self.dtype = student, platform, dtype
         self.layout = frozen_layout(parallel, student, section)
         self.spec = model_spec(folder, parallel, section)
-        self.chunks = build_frozen(self.spec, parallel, self.layout, platform, dtype)
+        self.chunks = build_frozen(self.spec, parallel, self.layout, platform, dtype, fp8=fp8)
         if checkpoint is None:
             load_pretrained(self.chunks, self.spec, folder, self.layout)
         else:
             load_megatron_lm(self.chunks, checkpoint, f"{section}.load")
-        if fp8:
+        if quantized:
             quantize_to_fp8(self.chunks, self.layout)
         self.lm_head: Tensor | None = None  # [V_student_padded/tp, H], on the student's last stage only
         rows = student_padded_vocab // student.tp_size

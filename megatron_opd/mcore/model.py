@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from megatron_opd.config import Config, ParallelConfig
+from megatron_opd.config import Config, Fp8Recipe, ParallelConfig
 from megatron_opd.hf_folder import HFFolder, checkpoint_tensors
 from megatron_opd.mcore.activations import as_fused
 from megatron_opd.mcore.families import family_of
+from megatron_opd.mcore.fp8 import check_fp8_sizes, check_native, fp8_fields
 from megatron_opd.mcore.hf_mapping import load_weights
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.platform import Platform
@@ -185,6 +186,7 @@ def transformer_config(
     dtype: torch.dtype,
     native: dict[str, Any],
     section: str = "student",
+    fp8: Fp8Recipe | None = None,
 ) -> TransformerConfig:
     """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that say what is computed are refused.
 
@@ -232,7 +234,9 @@ def transformer_config(
         derived["cp_comm_type"] = "a2a"  # the only way in which Transformer Engine has windows and sinks of packed sequences
         if platform.transformer_engine:
             _check_all_to_all(dims, parallel, section)
+    check_native(native, fp8)
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
+    defaults |= fp8_fields(fp8)
     if latent:
         defaults["apply_rope_fusion"] = False  # has YaRN alone, from cosines in the parameters' precision
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -252,6 +256,32 @@ def transformer_config(
     except (TypeError, ValueError, AssertionError) as error:
         key = "student.megatron" if section == "student" and native else f"{section}.model"
         raise OpdError(f"{key}: refused by Megatron ({' '.join(str(error).split())})") from error
+
+
+def check_model_fp8(spec: ModelSpec, parallel: ParallelConfig, recipe: Fp8Recipe, dtype: torch.dtype, section: str) -> None:
+    """Raises OpdError, with ``section`` of the config, where the model's sizes or its dtype do not go with FP8."""
+    if dtype is not torch.bfloat16:
+        raise OpdError(
+            f"{section}.fp8: {recipe}, but student.dtype is float32; set student.dtype=bfloat16 or {section}.fp8=null"
+        )
+    hf, dims, fields = spec.hf, spec.dims, family_of(spec.architecture).fields(spec.hf)
+    sizes = {"hidden_size": hf.hidden_size}
+    if not dims.experts or dims.dense_layers:
+        sizes["intermediate_size"] = hf.intermediate_size // parallel.tp
+    if fields.get("multi_latent_attention"):
+        heads, nope, rope = dims.heads // parallel.tp, fields["qk_head_dim"], fields["qk_pos_emb_head_dim"]
+        sizes["kv_lora_rank"], sizes["kv_lora_rank + qk_rope_head_dim"] = fields["kv_lora_rank"], fields["kv_lora_rank"] + rope
+        sizes["q_lora_rank"], sizes["heads of queries"] = fields["q_lora_rank"] or 0, heads * (nope + rope)
+        sizes["heads of keys and values"], sizes["heads of values"] = (
+            heads * (nope + fields["v_head_dim"]),
+            heads * fields["v_head_dim"],
+        )
+    else:
+        sizes["q, k and v"] = (dims.heads + 2 * dims.query_groups) * dims.head_dim // parallel.tp
+        sizes["num_attention_heads x head_dim"] = dims.heads * dims.head_dim // parallel.tp
+    sizes["moe_ffn_hidden_size"] = fields.get("moe_ffn_hidden_size") or 0
+    sizes["size of shared experts"] = (fields.get("moe_shared_expert_intermediate_size") or 0) // parallel.tp
+    check_fp8_sizes(sizes, parallel, recipe, section)
 
 
 def _check_all_to_all(dims: Dimensions, parallel: ParallelConfig, section: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ class Platform:
     def weight_backend(self) -> str:
         """Of the groups in which weights go to engines."""
         return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def capability(self) -> tuple[int, int] | None:
+        """The GPU's compute capability; None on CPU."""
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+
+    @staticmethod
+    def transformer_engine_version() -> tuple[int, int] | None:
+        """Major and minor; None where it is not installed."""
+        try:
+            major, minor, *_ = version("transformer-engine").split(".")
+        except PackageNotFoundError:
+            return None
+        return int(major), int(minor)
 
     def device_count(self) -> int | None:
         """Visible GPUs; None on CPU, where as many ranks run as are asked for."""

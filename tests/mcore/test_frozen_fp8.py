@@ -54,7 +54,7 @@ def hold(
     folder: Path, teacher: ParallelConfig, student: ParallelConfig, dtype: torch.dtype, fp8: bool, offload: bool = False
 ) -> Seen:
     layout, platform = open_layout(student)
-    model = FrozenModel(HFFolder(folder), "teacher", teacher, layout, platform, dtype, 128, offload=offload, fp8=fp8)
+    model = FrozenModel(HFFolder(folder), "teacher", teacher, layout, platform, dtype, 128, offload=offload, quantized=fp8)
     with model.on_device():
         states = model.hidden_states([packed(SEQUENCES)])
         tensors = [*model.parameters(), *(each for chunk in model.chunks for each in chunk.decoder.buffers())]
