@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
 from megatron_opd.mcore.families.family import window
+from megatron_opd.mcore.fast_paths import fast_paths, installed
 from megatron_opd.mcore.fp8 import check_fp8_platform
 from megatron_opd.mcore.frozen_fp8 import check_fp8
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
@@ -264,8 +266,17 @@ def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int
         f"gold x {objective.gold_weight}, aggregation {config.loss.aggregation}",
         "resume": f"{inputs.resume} (step {inputs.resume_step})" if inputs.resume else "from the start",
     }
+    return "\n".join([*_columns(facts), "fast paths", *(f"  {line}" for line in _fast_paths(config, inputs, platform))])
+
+
+def _fast_paths(config: Config, inputs: Inputs, platform: Platform) -> list[str]:
+    found = fast_paths(config, inputs.student_config, platform, installed())
+    return _columns({each.name: f"{'on' if each.on else 'off':<3}  {each.why}" for each in found})
+
+
+def _columns(facts: Mapping[str, str]) -> list[str]:
     width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+    return [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
 
 
 def _engine(config: Config) -> str:

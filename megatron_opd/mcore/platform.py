@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from megatron_opd.mcore.latent_attention import PortableLatentAttention
 
 @dataclass(frozen=True)
 class Platform:
-    """CPU: gloo and the local layer spec. CUDA: NCCL and the Transformer Engine spec."""
+    """CPU: gloo and the local layer spec. CUDA: NCCL and, where it is installed, the Transformer Engine spec."""
 
     device: torch.device
     backend: str  # of torch.distributed
@@ -30,7 +31,8 @@ class Platform:
     @staticmethod
     def detect(local_rank: int = 0) -> Platform:
         if torch.cuda.is_available():
-            return Platform(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl", transformer_engine=True)
+            has_engine = importlib.util.find_spec("transformer_engine") is not None
+            return Platform(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl", transformer_engine=has_engine)
         return Platform(torch.device("cpu"), "gloo", transformer_engine=False)
 
     @property
