@@ -2,6 +2,7 @@
 # make test    set up, then run the tests; test-slow: the long matrices, test-exhaustive: all of them; test-mcore-0.19: what touches Megatron, against 0.19.2
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
 # make test-fp8-recipes    the FP8 recipes, with Transformer Engine's own recipe objects, without a GPU
+# make gpu-suite    tests/gpu and benchmarks on one GPU in under ten minutes; the report: runs/gpu-suite.md
 # make check   lint, format, types, layers
 #
 # make reproduce    plain OPD collapses, StableOPD does not: five arms on three pairs of models, an hour on two cores
@@ -44,7 +45,7 @@ OF_MEGATRON := $(addprefix tests/,advisor/test_footprint.py audit \
 SGLANG := .venv-sglang
 SMOLLM2 := examples/smollm2/work/.made
 
-.PHONY: setup demo reproduce test test-slow test-exhaustive test-mcore-0.19 test-fp8-recipes smollm2 sglang test-sglang check
+.PHONY: setup demo reproduce test test-slow test-exhaustive test-mcore-0.19 test-fp8-recipes gpu-suite smollm2 sglang test-sglang check
 
 setup: $(INSTALLED)
 
@@ -100,6 +101,9 @@ $(TE)/.installed: $(INSTALLED)
 
 test-fp8-recipes: $(TE)/.installed
 	$(BIN)/python -m pytest tests/mcore/test_fp8.py $(ARGS)
+
+gpu-suite: $(INSTALLED)
+	$(BIN)/python tools/gpu_suite.py $(ARGS)
 
 # SGLang pins what CUDA builds need; on CPU it runs without those, so it is installed without its dependencies.
 $(SGLANG)/.installed: megatron_opd/sglang/cpu/requirements.txt
