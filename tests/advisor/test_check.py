@@ -241,6 +241,17 @@ def test_what_only_transformer_engine_recomputes_is_left_out(big: Path, capsys: 
     assert both < 0.7 * nothing
 
 
+def test_fp8_is_planned_as_bf16_and_said(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bf16 = ("student.dtype=bfloat16", "--gpus", "64", "--memory", "200GB")
+    fp8 = ("student.fp8=current", "student.megatron={first_last_layers_bf16: true}")
+    code, output, error = check(capsys, big, *fp8, *bf16)
+    assert (code, error) == (0, "")
+    assert "FP8: products are counted in bf16" in output
+    without = check(capsys, big, *bf16)[1]
+    assert "FP8" not in without
+    assert output.split("\npp 0/4")[1].splitlines()[0] == without.split("\npp 0/4")[1].splitlines()[0]
+
+
 def test_a_run_that_fits_exits_with_0_and_reads_no_prompts(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, output, error = check(capsys, small, "--gpus", "2", "--memory", "80GB", "data.prompts=/nowhere.jsonl")
     assert (code, error) == (0, "")
