@@ -1,5 +1,5 @@
 """``megatron-opd train|check|audit|eval CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
-``megatron-opd report RUN [RUN ...]``
+``megatron-opd serve CONFIG --number N``, ``megatron-opd report RUN [RUN ...]``
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         if options.command == "eval":
             return _eval(config, options, arguments)
+        if options.command == "serve":
+            return _serve(config, options)
         commands = {"train": _train, "check": _check, "audit": _audit}
         return commands[options.command](config, arguments)
     except OpdError as error:
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "run CONFIG, resuming where it stopped"),
         ("check", "check CONFIG and its inputs, build nothing"),
         ("audit", "compare loss and gradients in CONFIG's layout with a dense computation"),
+        ("serve", "be one of the SGLang servers at rollout.urls of CONFIG, on the machine where it belongs"),
         ("eval", "evaluate a model on the tasks of CONFIG, on its engine; goes on where it was killed"),
     ):
         command = commands.add_parser(name, help=text)
@@ -75,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--memory", metavar="80GB", help="of one GPU: say whether the run fits, and what to change")
             command.add_argument("--reserve", metavar="5GB", help="of it, for CUDA context, NCCL and fragmentation")
+        if name == "serve":
+            command.add_argument("--number", metavar="N", type=int, required=True, help="of the server in rollout.urls, from 0")
+            command.add_argument(
+                "--python", metavar="PYTHON", help="the interpreter of SGLang's environment; default: this one"
+            )
         if name == "eval":
             command.add_argument("--model", metavar="MODEL", help="Hugging Face folder, or checkpoint of the student")
             command.add_argument("--out", metavar="DIR", help="of the results; default: eval in run.dir")
@@ -143,6 +151,15 @@ def _on_all_ranks(
     world_size = local_world_size(config.student.parallel, platform.device_count())
     (check or prepare)(config, platform, world_size)
     return run_ranks(arguments, world_size, platform)
+
+
+def _serve(config: Config, options: argparse.Namespace) -> int:
+    with loading():
+        from megatron_opd.mcore.platform import Platform
+        from megatron_opd.servers import serve
+
+    serve(config, Platform.detect(), options.number, options.python)
+    return 0
 
 
 def _check(config: Config, _arguments: list[str]) -> int:

@@ -128,13 +128,16 @@ class RolloutConfig(_Section):
     # auto: ipc where colocated, else collective. disk: a folder in run.dir that the servers see too, where nothing else works.
     # native: whole tensors to every rank, by SGLang's own broadcast, for servers that were started without our loader.
     weight_sync: Literal["auto", "collective", "ipc", "native", "disk"] = "auto"
-    engines: int = Field(default=1, ge=1)  # SGLang servers that the run starts; where the only one is lost in use, the run ends
+    # SGLang servers that the run starts, shared out over its machines; where the only one is lost in use, the run ends.
+    engines: int = Field(default=1, ge=1)
     urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
     api_key_file: str | None = None  # of the servers at urls, and of the router: a text file
     router: str | None = None  # URL of a running sglang-router, which picks the server of each request; null: the run does
     tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each
     python: str | None = None  # the interpreter of SGLang's environment; null: this one
-    host: str = "127.0.0.1"  # the interface that trainer and servers use; the cluster's for servers on other machines
+    # An address that trainer and servers listen on, or an interface's name, such as eth0, for the address that each machine has
+    # there; for servers on other machines, and for a run on several, that of a network that they share.
+    host: str = "127.0.0.1"
     startup_timeout: float = Field(default=600.0, gt=0)  # seconds
     request_timeout: float = Field(default=600.0, gt=0)  # seconds for one response, one call, or one broadcast of weights
     max_restarts: int = Field(default=3, ge=0)  # of each server that the run started and lost

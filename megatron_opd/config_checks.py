@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from megatron_opd.config import HELDOUT, Config, ParallelConfig, RolloutConfig, TeacherConfig, teacher_key
 from megatron_opd.types import SCORED_KINDS, OpdError
 
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost", "lo", "[::1]", "::1")
 
 
 def check_combinations(config: Config) -> None:
@@ -197,7 +197,7 @@ def _check_attached(config: Config) -> None:
             if url.rpartition("://")[2].rpartition(":")[0] not in _LOOPBACK:
                 raise OpdError(
                     f"rollout.host: {rollout.host}, but the server {url} on another machine receives its weights from there; "
-                    "set rollout.host to this machine's address in the cluster"
+                    "set rollout.host to this machine's address in the cluster, or its interface's name"
                 )
 
 
@@ -214,7 +214,7 @@ def _check_router(rollout: RolloutConfig) -> None:
     if not rollout.urls and rollout.host in _LOOPBACK and urlsplit(rollout.router).hostname not in _LOOPBACK:
         raise OpdError(
             f"rollout.host: {rollout.host}, where the router {rollout.router} on another machine reaches none of the servers; "
-            "set rollout.host to this machine's address in the cluster"
+            "set rollout.host to this machine's address in the cluster, or its interface's name"
         )
 
 

@@ -122,7 +122,7 @@ def _sync(
         _carrier(config, inputs, platform, trainer, servers),
         probe,
         tp=rollout.tp,
-        host=rollout.host,
+        host=servers.host,
         timeout=rollout.request_timeout,
         always_check=rollout.digests == "always",
         residence=engine.residence,
@@ -139,7 +139,7 @@ def _carrier(config: Config, inputs: Inputs, platform: Platform, trainer: Traine
             return Native(
                 trainer,
                 first_rank,
-                host=rollout.host,
+                host=servers.host,
                 backend=platform.weight_backend,
                 bucket_bytes=rollout.sync_bucket_bytes,
                 timeout=rollout.request_timeout,

@@ -298,7 +298,7 @@ def axes(parallel: ParallelConfig, world_size: int) -> str:
 
 
 def _check_colocated(config: Config, world_size: int) -> None:
-    """Each training rank has one engine rank on its device, and all of them are on this machine."""
+    """Each training rank has one engine rank on its device."""
     engine_ranks = config.rollout.engines * config.rollout.tp
     if engine_ranks != world_size:
         raise OpdError(

@@ -29,7 +29,7 @@ from megatron_opd.mcore.platform import Platform
 FAKE = Platform(torch.device("cpu"), "fake", transformer_engine=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Shallow(Platform):
     layers: int
 

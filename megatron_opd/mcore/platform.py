@@ -27,13 +27,14 @@ class Platform:
     device: torch.device
     backend: str  # of torch.distributed
     transformer_engine: bool
+    local_rank: int = 0  # of this process among those of its machine
 
     @staticmethod
     def detect(local_rank: int = 0) -> Platform:
         if torch.cuda.is_available():
             has_engine = importlib.util.find_spec("transformer_engine") is not None
-            return Platform(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl", transformer_engine=has_engine)
-        return Platform(torch.device("cpu"), "gloo", transformer_engine=False)
+            return Platform(torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl", has_engine, local_rank)
+        return Platform(torch.device("cpu"), "gloo", False, local_rank)
 
     @property
     def weight_backend(self) -> str:

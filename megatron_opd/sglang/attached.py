@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.sglang.client import Client, Endpoint, EngineError, is_healthy
-from megatron_opd.sglang.roster import Roster
+from megatron_opd.sglang.roster import Losses
 from megatron_opd.sglang.server import LOADER
 from megatron_opd.types import OpdError
 
@@ -58,7 +58,7 @@ class Attached:
             time.sleep(0.5)
         self._check()
 
-    def poll(self, roster: Roster) -> None:
+    def poll(self, roster: Losses) -> None:
         if self._given_up or not roster.is_lost(self.endpoint) or not is_healthy(self.endpoint):
             return
         try:

@@ -30,7 +30,12 @@ class FirstRank:
 
     @property
     def here(self) -> bool:
-        return dist.get_rank() == 0
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """This process's in the world."""
+        return dist.get_rank()
 
     def run(self, action: Callable[[], Result]) -> Result:
         """The first rank's result on every rank; its OpdError and RunStopped as such. Collective over the world."""

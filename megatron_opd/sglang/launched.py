@@ -8,36 +8,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_opd.sglang.client import Endpoint
-from megatron_opd.sglang.roster import Roster
+from megatron_opd.sglang.nodes import Nodes, assign
+from megatron_opd.sglang.roster import Losses
 from megatron_opd.sglang.server import Server, ServerSpec
 from megatron_opd.types import OpdError
 
 
 def launch(
-    specs: Sequence[ServerSpec], *, max_restarts: int, startup_timeout: float, gpus: int | None = None
+    specs: Sequence[ServerSpec], *, max_restarts: int, startup_timeout: float, nodes: Nodes | None = None, shared: bool = False
 ) -> list[Launched]:
-    """Start them, equal ones told apart by number: seeds, logs, and on GPUs their places.
+    """Start those of them that are this process's to start.
 
     Args:
         max_restarts: of each server.
         startup_timeout: seconds, of each start.
-        gpus: those of the training, where the servers share them, each model's over all; None: each server has its own.
+        nodes: the machines of the run; None: this process starts all.
+        shared: as :func:`~megatron_opd.sglang.nodes.assign` has it.
+
+    Raises OpdError where they cannot be shared out.
     """
-    launched: list[Launched] = []
-    taken = 0  # GPUs
-    for number, spec in enumerate(specs):
-        arguments = dict(spec.arguments)
-        if spec.device == "cuda":
-            arguments["base_gpu_id"] = int(arguments.get("base_gpu_id", 0)) + (taken if gpus is None else taken % gpus)
-        taken += spec.tp
-        log = spec.log.with_name(f"{number}-{spec.log.name}")
-        own = replace(spec, log=log, seed=spec.seed + number, arguments=arguments)
-        launched.append(Launched(own, max_restarts=max_restarts, startup_timeout=startup_timeout))
-    return launched
+    nodes = nodes or Nodes.alone()
+    assigned = assign(specs, nodes.ranks, shared=shared)
+    own = [spec for node, spec in assigned if nodes.leads and node == nodes.here]
+    return [Launched(spec, max_restarts=max_restarts, startup_timeout=startup_timeout) for spec in own]
 
 
 class Launched:
-    """One place in a :class:`~megatron_opd.sglang.fleet.Fleet`, with a new process and a new URL after each loss."""
+    """One place in a :class:`~megatron_opd.sglang.fleet.Fleet`; after each loss a new process and URL, but the same key."""
 
     def __init__(self, spec: ServerSpec, *, max_restarts: int, startup_timeout: float) -> None:
         """Start it; ``startup_timeout``: seconds."""
@@ -60,7 +57,7 @@ class Launched:
         """Raises OpdError."""
         self._server.wait_until_ready(self._startup_timeout)
 
-    def poll(self, roster: Roster) -> None:
+    def poll(self, roster: Losses) -> None:
         """Notice that it ended, start it again, and notice that it is back. Called by one thread, which outlives the server."""
         if self._given_up:
             return
@@ -76,7 +73,7 @@ class Launched:
     def stop(self) -> None:
         self._server.stop()
 
-    def _watch_start(self, lost: Endpoint, roster: Roster) -> None:
+    def _watch_start(self, lost: Endpoint, roster: Losses) -> None:
         try:
             if self._server.is_ready():
                 roster.welcome(self.endpoint, instead_of=lost)
@@ -87,7 +84,7 @@ class Launched:
             print(f"megatron-opd: {error}", file=sys.stderr)
             self._restart(lost, roster)
 
-    def _restart(self, lost: Endpoint, roster: Roster) -> None:
+    def _restart(self, lost: Endpoint, roster: Losses) -> None:
         self._server.stop()
         if self._restarts == self._max_restarts:
             self._given_up = True
@@ -98,7 +95,7 @@ class Launched:
         log = self._spec.log.with_suffix(f".{self._restarts}{self._spec.log.suffix}")
         self._deadline = time.monotonic() + self._startup_timeout
         try:
-            self._server = Server(replace(self._spec, log=log))
+            self._server = Server(replace(self._spec, log=log), self._server.api_key)
         except OSError as error:
             self._given_up = True
             roster.give_up(lost, f"it cannot be started ({error})")

@@ -6,8 +6,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from megatron_opd.sglang.client import Endpoint
+
+
+class Losses(Protocol):
+    """What becomes of servers, as those who watch them tell it. :class:`Roster` says what each method means."""
+
+    def lose(self, endpoint: Endpoint, reason: str) -> None: ...
+
+    def is_lost(self, endpoint: Endpoint) -> bool: ...
+
+    def restarted(self, endpoint: Endpoint) -> None: ...
+
+    def welcome(self, endpoint: Endpoint, instead_of: Endpoint) -> None: ...
+
+    def give_up(self, endpoint: Endpoint, reason: str) -> None: ...
 
 
 class Roster:

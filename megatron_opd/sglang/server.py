@@ -61,12 +61,17 @@ class ServerSpec:
 class Server:
     """A running server. Its processes end with this one, however this one ends."""
 
-    def __init__(self, spec: ServerSpec) -> None:
-        """Start it; :meth:`wait_until_ready` comes next. The API key is drawn here and known to nobody else."""
+    def __init__(self, spec: ServerSpec, api_key: str | None = None, port: int | None = None) -> None:
+        """Start it; :meth:`wait_until_ready` comes next.
+
+        Args:
+            api_key: None: one that is drawn here and known to nobody else.
+            port: None: a free one.
+        """
         self.spec = spec
-        self.port = free_port(spec.host)
+        self.port = free_port(spec.host) if port is None else port
         self.url = f"http://{spec.host}:{self.port}"
-        self.api_key = secrets.token_hex(24)  # of letters and digits: a dash in front would be an option
+        self.api_key = api_key or secrets.token_hex(24)  # of letters and digits: a dash in front would be an option
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._key_file = spec.log.with_suffix(".yaml")  # any user may see a command line
         with _private(self._key_file) as key_file:
@@ -115,6 +120,10 @@ class Server:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait()
 
     def last_words(self) -> str:
         lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.spec.log.exists() else []

@@ -6,20 +6,18 @@ import base64
 import io
 import json
 import pickle
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
 
 from megatron_opd.sglang.client import Client, Endpoint, EngineError
 from megatron_opd.sglang.engine_side.opd_weights import ABORT
 from megatron_opd.sglang.server import LOADER
+from megatron_opd.sglang.store import open_store
 
 Result = TypeVar("Result")
 Command = dict[str, Any]  # for one engine rank's loader
@@ -178,20 +176,6 @@ class Members:
             raise EngineError(f"SGLang server {endpoint.url}: its loader did not report; see its log")
         report: Report = json.loads(self.store.get(key))
         return report
-
-
-def open_store(host: str, timeout: float) -> TCPStore:
-    """A key-value store in this process that listens at ``host`` alone; ``timeout``: seconds of one wait in it."""
-    listener = socket.create_server((host, 0), backlog=1024)
-    port = int(listener.getsockname()[1])
-    return TCPStore(
-        host,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def _begin(client: Client) -> None:

@@ -21,8 +21,9 @@ from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.sglang.client import EngineError
 from megatron_opd.sglang.engine_side.opd_weights import TransferFailed, finish
 from megatron_opd.sglang.first_rank import FirstRank
+from megatron_opd.sglang.store import open_store
 from megatron_opd.weight_sync.delivery import Delivery
-from megatron_opd.weight_sync.members import Members, open_store
+from megatron_opd.weight_sync.members import Members
 
 _FUSED = ("q_a_proj.weight", "kv_a_proj_with_mqa.weight")  # of latent attention, neighbours in the stream
 Bucket = list[tuple[str, Tensor]]  # Hugging Face name, full tensor
