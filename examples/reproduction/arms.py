@@ -55,13 +55,26 @@ END_TOKENS = {
     "ends_apart": control("it ends with another token, stop_class: none", "loss.stop_class=none", teacher="other_end_teacher"),
     "ends_merged": control("it ends with another token, stop_class: auto", teacher="other_end_teacher"),
 }
+# The same with a student and teachers that are not certain that a response ends after its answer.
+UNSURE = {
+    "unsure": Arm("one end token", OPD, "unsure_student", "unsure_teacher", pairs=(0,), baseline="unsure"),
+    "unsure_apart": Arm(
+        "another end token, stop_class: none",
+        (*OPD, "loss.stop_class=none"),
+        "unsure_student",
+        "unsure_other_end_teacher",
+        pairs=(0,),
+        baseline="unsure",
+    ),
+    "unsure_merged": Arm(
+        "another end token, stop_class: auto", OPD, "unsure_student", "unsure_other_end_teacher", pairs=(0,), baseline="unsure"
+    ),
+}
 # Students that check more and begin with more truncation.
 EAGER = {
-    "eager_opd": Arm("OPD", OPD, student="eager_student", pairs=(0,), baseline="eager_opd"),
-    "eager_stableopd": Arm("StableOPD", (), student="eager_student", pairs=(0,), baseline="eager_opd"),
-    "eager_gold_only": Arm(
-        "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
-    ),
+    "eager_opd": Arm("OPD", OPD, student="eager_student", baseline="eager_opd"),
+    "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
+    "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
 }
 # What is offered beyond the paper, token by token.
 OPTIONS = {
@@ -103,6 +116,7 @@ GROUPS = {
     "arms": ARMS,
     "controls": CONTROLS,
     "end_tokens": END_TOKENS,
+    "unsure_ends": UNSURE,
     "eager": EAGER,
     "options": OPTIONS,
     "actions": ACTIONS,

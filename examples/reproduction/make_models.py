@@ -34,20 +34,25 @@ TEACHER = Style(again=0.4, endless=0.08)
 BOUNDED_TEACHER = Style(again=0.4)
 STUDENT = Style(again=0.8)
 EAGER_STUDENT = Style(again=0.9)
+UNSURE_TEACHER = Style(again=0.4, answer_again=0.1)
+UNSURE_STUDENT = Style(again=0.8, answer_again=0.1)
 GOLD = Style(again=0.0)
 WARMSTARTS = {
     "teacher": (TEACHER, 36_000),
     "bounded_teacher": (BOUNDED_TEACHER, 36_000),
     "student": (STUDENT, 1_500),
     "eager_student": (EAGER_STUDENT, 1_500),
+    "unsure_teacher": (UNSURE_TEACHER, 36_000),
+    "unsure_student": (UNSURE_STUDENT, 1_500),
 }
+OTHER_ENDS = {"other_end_teacher": "bounded_teacher", "unsure_other_end_teacher": "unsure_teacher"}  # made of which
 SIZES = {"teacher": (128, 352, 4), "student": (96, 256, 3)}  # hidden, feed-forward, layers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="a teacher and a student, and the data of their runs")
     parser.add_argument("pair", type=int, help="their number, which seeds everything")
-    parser.add_argument("--models", nargs="+", default=["teacher", "student"], choices=[*WARMSTARTS, "other_end_teacher"])
+    parser.add_argument("--models", nargs="+", default=["teacher", "student"], choices=[*WARMSTARTS, *OTHER_ENDS])
     args = parser.parse_args()
     make_data(args.pair)
     for name in args.models:
@@ -82,9 +87,9 @@ def alone(target: Path) -> Iterator[None]:
 
 
 def _make_model(name: str, pair: int, folder: Path) -> None:
-    if name == "other_end_teacher":
-        make_model("bounded_teacher", pair)
-        exchange_end(folder / "bounded_teacher", folder / name)
+    if name in OTHER_ENDS:
+        make_model(OTHER_ENDS[name], pair)
+        exchange_end(folder / OTHER_ENDS[name], folder / name)
         return
     style, count = WARMSTARTS[name]
     kind = name.split("_")[-1]  # variants differ in style alone: the same problems, the same initial weights
@@ -126,10 +131,10 @@ def train(config: Path, overrides: Sequence[str]) -> None:
 def write(file: Path, chosen: Iterable[Problem], style: Style, seed: str) -> None:
     rng = random.Random(seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"prompt": problem.question, "answer": problem.answer, "solution": problem.solution(style.checks(rng))})
-        for problem in chosen
-    ]
+    lines = []
+    for problem in chosen:
+        solution = problem.solution(style.checks(rng), style.answers(rng))
+        lines.append(json.dumps({"prompt": problem.question, "answer": problem.answer, "solution": solution}))
     text = "\n".join(lines) + "\n"
     if not file.exists() or file.read_text(encoding="utf-8") != text:  # a run may be reading it
         file.write_text(text, encoding="utf-8")

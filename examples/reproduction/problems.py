@@ -36,18 +36,26 @@ _PIECES = r" [A-Za-z]+(?:-[A-Za-z]+)?,?| [-+=]|[.?]"
 class Style:
     """Checks of a solution: one, and after each another one with probability ``again``; never more than ``most``.
 
-    A share ``endless`` of the solutions goes on to ``most``.
+    A share ``endless`` of the solutions goes on to ``most``. The sentence with the answer is said again with probability
+    ``answer_again``, each time: a model of such solutions is not certain that a response ends there.
     """
 
     again: float
     endless: float = 0.0
     most: int = 36  # some 250 tokens: far beyond the length budget of every rollout
+    answer_again: float = 0.0
 
     def checks(self, rng: random.Random) -> int:
         if rng.random() < self.endless:
             return self.most
         count = 1
         while count < self.most and rng.random() < self.again:
+            count += 1
+        return count
+
+    def answers(self, rng: random.Random) -> int:
+        count = 1
+        while self.answer_again and rng.random() < self.answer_again:
             count += 1
         return count
 
@@ -58,10 +66,10 @@ class Problem:
     answer: str
     steps: tuple[str, ...]
 
-    def solution(self, checks: int) -> str:
-        """The steps, the last one ``checks`` times more, the answer; without the end token, which the product appends."""
+    def solution(self, checks: int, answers: int = 1) -> str:
+        """The steps, the last one ``checks`` times more, the answer ``answers`` times; the product appends the end token."""
         again = [f"Wait, {self.steps[-1]}"] * checks
-        return " ".join([*self.steps, *again, f"So the answer is {self.answer}"])
+        return " ".join([*self.steps, *again, ". ".join([f"So the answer is {self.answer}"] * answers)])
 
 
 def problems(seed: str, operations: tuple[int, int] = (2, 3)) -> Iterator[Problem]:
