@@ -15,7 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples.reproduction.arms import ARMS, CONFIG, EVERY, command_overrides
 from examples.reproduction.final import Response
-from examples.reproduction.make_models import BOUNDED_TEACHER, CONTEXT, TEACHER, alone, exchange_end, write_untrained
+from examples.reproduction.make_models import (
+    BOUNDED_TEACHER,
+    CONTEXT,
+    TEACHER,
+    UNSURE_STUDENT,
+    alone,
+    exchange_end,
+    write_untrained,
+)
 from examples.reproduction.problems import EOS, NUMBERS, UNKNOWN, VOCABULARY, Style, make_tokenizer, problems
 from examples.reproduction.table import above_half, difference
 from megatron_opd.config_file import load_config
@@ -69,6 +77,23 @@ def test_a_teacher_with_another_end_token_is_the_same_teacher(tmp_path: Path) ->
     assert torch.equal(other(ids).logits, model(ids).logits[..., exchanged])
     assert stop_ids(tmp_path / "other", load_tokenizer(tmp_path / "other")) == (unknown,)
     assert stop_ids(tmp_path / "one", load_tokenizer(tmp_path / "one")) == (end,)
+
+
+def test_an_answer_is_said_again_as_often_as_the_style_says_and_is_right() -> None:
+    rng = random.Random(0)
+    counts = [UNSURE_STUDENT.answers(rng) for _ in range(20_000)]
+    assert sum(counts) / len(counts) == pytest.approx(1 / 0.9, rel=0.03)
+    for problem in islice(problems("test"), 100):
+        solution = problem.solution(1, answers=3)
+        assert solution.count(f"So the answer is {problem.answer}") == 3
+        assert is_correct(solution, problem.answer)
+
+
+def test_styles_that_say_it_once_draw_nothing_for_it() -> None:
+    rng = random.Random(0)
+    before = rng.getstate()
+    assert TEACHER.answers(rng) == 1
+    assert rng.getstate() == before  # the committed tables rest on these draws
 
 
 @pytest.mark.parametrize(("style", "mean"), [(Style(again=0.0), 1.0), (Style(again=0.8, most=1000), 5.0)])
