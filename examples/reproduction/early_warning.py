@@ -70,7 +70,8 @@ def early_warning_summary(rows: Sequence[Row]) -> str:
     lead = ""
     if leads:
         median, listed = statistics.median(leads), ", ".join(map(str, sorted(leads)))
-        lead = f", {median:g} steps before it was down by that much in the median ({listed}; measured every 10)"
+        steps = "step" if median == 1 else "steps"
+        lead = f", {median:g} {steps} before it was down by that much in the median ({listed}; measured every 10)"
     return (
         f"In runs that had no part in the threshold: of {len(failed)} that end more than {_FALL} below the accuracy of their "
         f"start, {len(warned)} were warned of{lead}; of {len(sound)} others, {len(false)}."
