@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the recipes beside it; they are submitted from the repository's root, on a file system that all nodes share.
 #
 # IMAGE       container image for pyxis/enroot (a .sqsh file, or nvcr.io#...); empty: the nodes' own environment
@@ -49,6 +50,16 @@ make_step() {
     # of a task's processes; this one outlives them to note the code.
     # shellcheck disable=SC2016  # for the task's shell to expand
     step+=(bash -c "${SETUP:+$SETUP && }"'trap : USR1 TERM; "$@"; code=$?; echo $code >"$0/$SLURM_PROCID"; exit $code' "$CODES" "$@")
+}
+
+# Several nodes need one network for what is not the fabric's: rendezvous, control, SGLang. INTERFACE names it. NCCL finds the fabric
+# itself (InfiniBand, or a cloud's plugin); it takes this one for its bootstrap alone, where its own choice, the first interface that is
+# up, may be one that only this node has (docker0). Gloo would take the address of the node's name, which may be a loopback.
+use_interface() {
+    INTERFACE=${INTERFACE:-}
+    if [[ $INTERFACE ]]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
+    fi
 }
 
 # Every node has its GPUs, free and without uncorrected errors, and writes to the shared folder. A node that does not is named before
