@@ -1,5 +1,6 @@
 """``megatron-opd train|check|audit|eval CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
-``megatron-opd serve CONFIG --number N``, ``megatron-opd report RUN [RUN ...]``
+``megatron-opd plan CONFIG --nodes N --gpu h100``, ``megatron-opd serve CONFIG --number N``,
+``megatron-opd report RUN [RUN ...]``
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "report":
             return _report(options)
         config = load_config(options.config, options.overrides)
+        if options.command == "plan":
+            return _plan(options)
         if options.command == "check" and (options.gpus or options.memory or options.reserve):
             return _check_memory(options)
         _quiet_libraries()
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         ("check", "check CONFIG and its inputs, build nothing"),
         ("audit", "compare loss and gradients in CONFIG's layout with a dense computation"),
         ("serve", "be one of the SGLang servers at rollout.urls of CONFIG, on the machine where it belongs"),
+        ("plan", "memory, traffic, FLOPs and seconds of a step of CONFIG on a cluster, from config.json files alone"),
         ("eval", "evaluate a model on the tasks of CONFIG, on its engine; goes on where it was killed"),
     ):
         command = commands.add_parser(name, help=text)
@@ -83,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--python", metavar="PYTHON", help="the interpreter of SGLang's environment; default: this one"
             )
+        if name == "plan":
+            _add_plan_options(command)
         if name == "eval":
             command.add_argument("--model", metavar="MODEL", help="Hugging Face folder, or checkpoint of the student")
             command.add_argument("--out", metavar="DIR", help="of the results; default: eval in run.dir")
@@ -94,6 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--png", metavar="DIR", help="write each figure as a PNG file there as well")
     report.add_argument("--samples", metavar="N", type=int, help="responses of each run to put in, at most")
     return parser
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nodes", metavar="N", type=int, required=True)
+    command.add_argument("--gpus-per-node", metavar="N", type=int, default=8, help="default: 8")
+    command.add_argument(
+        "--gpu", choices=("h100", "h200", "b200", "cpu"), required=True, help="cpu: to calibrate by runs on CPU"
+    )
+    command.add_argument("--reserve", metavar="5GB", help="of a GPU's memory, for CUDA context, NCCL and fragmentation")
+    command.add_argument("--prompt-tokens", metavar="N", type=int, help="on average")
+    command.add_argument("--response-tokens", metavar="N", type=int, help="on average; default: half of max_new_tokens")
+    command.add_argument("--json", metavar="FILE", help="write all figures there, weights name by name")
+    command.add_argument("--timeline", metavar="FILE.svg", help="draw one step there, as SVG or PNG")
+    command.add_argument("--calibrate", metavar="RUN", help="folder of a run whose seconds scale the predicted ones")
+    command.add_argument("--against", metavar="RUN", help="another run: print the error of its predicted seconds")
 
 
 def _train(config: Config, arguments: list[str]) -> int:
@@ -191,6 +212,29 @@ def _check_memory(options: argparse.Namespace) -> int:
 
     fits = check_memory(options.config, options.overrides, options.gpus, options.memory, options.reserve)
     return 0 if fits else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as for --memory
+    _quiet_libraries()
+    with loading():
+        from megatron_opd.planner.command import Asked, plan
+        from megatron_opd.planner.mean_step import Lengths
+
+    asked = Asked(
+        config=options.config,
+        overrides=options.overrides,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        gpu=options.gpu,
+        reserve=options.reserve,
+        lengths=Lengths(options.prompt_tokens, options.response_tokens),
+        json=options.json,
+        timeline=options.timeline,
+        calibrate=options.calibrate,
+        against=options.against,
+    )
+    return 0 if plan(asked) else 1
 
 
 def _report(options: argparse.Namespace) -> int:

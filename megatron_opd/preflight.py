@@ -186,7 +186,7 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
     if config.starts_servers:
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
         if config.rollout.placement == "colocated":
-            _check_colocated(config, world_size)
+            check_colocated(config, world_size)
         elif platform.device.type == "cuda" and not config.rollout.sglang.get("base_gpu_id"):
             raise OpdError(
                 "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
@@ -297,7 +297,7 @@ def axes(parallel: ParallelConfig, world_size: int) -> str:
     return shown + (" with sequence parallelism" if parallel.sequence_parallel else "")
 
 
-def _check_colocated(config: Config, world_size: int) -> None:
+def check_colocated(config: Config, world_size: int) -> None:
     """Each training rank has one engine rank on its device."""
     engine_ranks = config.rollout.engines * config.rollout.tp
     if engine_ranks != world_size:

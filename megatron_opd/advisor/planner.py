@@ -53,11 +53,11 @@ class Planner:
         """Raises OpdError where the config does not fit ``gpus`` GPUs or its models, of which only config.json is read, and
         NoRoom as soon as a rank needs more than ``up_to`` bytes."""
         notes = _notes(config)
-        config = _without_te_recompute(config)
+        config = without_te_recompute(config)
         models = check_models(config, FAKE, gpus)
         workload = largest_workload(config, models, gpus)
         classes = []
-        for name, rank, ranks in _classes(config, gpus):
+        for name, rank, ranks in rank_classes(config, gpus):
             if self._state(config, models.student_spec, rank).total > up_to:  # known before any pass is measured
                 raise NoRoom(f"{name}: the student's state")
             classes.append(self._rank_class(config, models, workload, rank, name, ranks))
@@ -76,7 +76,7 @@ class Planner:
     def _rank_class(self, config: Config, models: Models, workload: Workload, rank: Rank, name: str, ranks: int) -> RankClass:
         student, parallel = models.student_spec, config.student.parallel
         last = rank.stage(parallel) == parallel.pp - 1
-        scored = _scored(config, models)
+        scored = frozen_scored(config, models)
         hidden = _compared_with(scored)
         itemsize = dtype_of(config).itemsize
         tokens = workload.tokens * workload.microbatches // parallel.cp
@@ -95,11 +95,11 @@ class Planner:
         )
 
     def _state(self, config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
-        key = ("state", *_of_student(config, spec, rank), config.optimizer.model_dump_json())
+        key = ("state", *student_key(config, spec, rank), config.optimizer.model_dump_json())
         return self._once(key, lambda: state_bytes(config, spec, rank))
 
     def _passes(self, config: Config, spec: ModelSpec, rank: Rank, workload: Workload) -> PassesBytes:
-        key = ("passes", *_of_student(config, spec, rank), workload.lengths)
+        key = ("passes", *student_key(config, spec, rank), workload.lengths)
         passes = self._once(key, lambda: chunk_passes(config, spec, rank, workload.lengths, self.kernels))
         return scheduled(config, rank, passes, workload.microbatches)
 
@@ -118,7 +118,7 @@ class Planner:
         engines, share = [], 0
         mixture, prompts = config.mixture, config.data.prompts_per_step
         if config.starts_servers:
-            share = int(self.memory * _server_share(config, gpus))
+            share = int(self.memory * server_share(config, gpus))
         if config.samples and config.rollout.backend == "embedded":
             engines.append((models.student, prompts * mixture.student))
         if config.teacher_writes:
@@ -139,7 +139,7 @@ class Planner:
             hf.num_hidden_layers,
             slots,
             hf.num_key_value_heads,
-            _key_and_value(hf.to_dict()),
+            key_and_value(hf.to_dict()),
             longest_sequence(config, models),
             itemsize,
         )
@@ -152,14 +152,14 @@ class Planner:
         return result
 
 
-def _key_and_value(hf: dict[str, Any]) -> int:
+def key_and_value(hf: dict[str, Any]) -> int:
     """Elements of one head's key and value as transformers caches them, latent attention's after their projections up."""
     if "kv_lora_rank" in hf:
         return int(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"])
     return 2 * int(hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
 
 
-def _server_share(config: Config, gpus: int) -> float:
+def server_share(config: Config, gpus: int) -> float:
     """Of a GPU's memory that SGLang's servers keep; 0 where they have GPUs of their own, beyond those of the first node."""
     native = config.rollout.sglang
     if int(native.get("base_gpu_id", 0)) >= min(gpus, NODE):
@@ -172,7 +172,7 @@ def _server_share(config: Config, gpus: int) -> float:
     return float(native["mem_fraction_static"])
 
 
-def _scored(config: Config, models: Models) -> dict[str, ModelSpec]:
+def frozen_scored(config: Config, models: Models) -> dict[str, ModelSpec]:
     """The frozen models whose hidden states the loss needs, by section; a teacher may do nothing but write."""
     needed = config.objective.needs_teacher
     return {section: spec for section, spec in models.frozen_specs.items() if needed or section == "reference"}
@@ -206,7 +206,7 @@ def _recomputed_by_te(config: Config) -> list[str]:
     return [module for module in config.student.megatron.get("recompute_modules") or () if module in RECOMPUTED_BY_TE]
 
 
-def _without_te_recompute(config: Config) -> Config:
+def without_te_recompute(config: Config) -> Config:
     """What the modules here cannot recompute is not recomputed: an upper bound."""
     native, by_te = config.student.megatron, _recomputed_by_te(config)
     if not by_te:
@@ -217,7 +217,7 @@ def _without_te_recompute(config: Config) -> Config:
     return config.model_copy(update={"student": config.student.model_copy(update={"megatron": native})})
 
 
-def _classes(config: Config, gpus: int) -> Iterator[tuple[str, Rank, int]]:
+def rank_classes(config: Config, gpus: int) -> Iterator[tuple[str, Rank, int]]:
     """Name, first rank and number of ranks of each combination of pipeline stages, the student's and the frozen models'."""
     stages: dict[tuple[int, ...], int] = {}
     for number in range(gpus):
@@ -238,7 +238,7 @@ def _name(config: Config, own: tuple[int, ...]) -> str:
     return ", ".join(names)
 
 
-def _of_student(config: Config, spec: ModelSpec, rank: Rank) -> tuple[Any, ...]:
+def student_key(config: Config, spec: ModelSpec, rank: Rank) -> tuple[Any, ...]:
     """What the student's memory on a rank depends on: stages of equal depth are alike, but for the first and the last."""
     student, stage = config.student, rank.stage(config.student.parallel)
     place = chunk_layers(config, spec, rank), stage == 0, stage == student.parallel.pp - 1

@@ -30,13 +30,13 @@ def render(plan: Plan, memory: int, reserve: int) -> str:
         f"host         up to {gib(node * max(each.host for each in plan.classes))} GiB for {node} ranks, beside the processes",
         "",
         f"{unit} on the device of one rank; frozen: with the largest offloaded model",
-        *_table(
+        *table(
             ["rank class", "ranks", "params", "grads", "optimizer", "activations", "work", "loss", "frozen", "engine"],
             [[each.name, str(each.ranks), *map(amount, _parts(each))] for each in plan.classes],
         ),
         "",
         f"{unit} at the most in each phase; host: what waits in host memory",
-        *_table(
+        *table(
             ["rank class", *largest.phases, "peak", "host"],
             [[each.name, *map(amount, each.phases.values()), amount(each.peak), amount(each.host)] for each in plan.classes],
         ),
@@ -60,7 +60,7 @@ def _parts(each: RankClass) -> tuple[int, ...]:
     )
 
 
-def _table(header: list[str], rows: Sequence[list[str]]) -> list[str]:
+def table(header: list[str], rows: Sequence[list[str]]) -> list[str]:
     """The first column to the left, figures to the right."""
     first, *others = zip(header, *rows, strict=True)
     columns = [_aligned(first, "<"), *(_aligned(column, ">") for column in others)]

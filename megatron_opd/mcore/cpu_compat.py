@@ -54,19 +54,22 @@ def alone_in_a_fake_world() -> Iterator[None]:
     """Objects gathered over ranks that do not exist: each of them has this rank's.
 
     Megatron's optimizer gathers the keys of its parameter groups, which are the same on all ranks, but in torch's fake mode no
-    pickled object can be read back.
+    pickled object can be read back. Nor can the norms of several gradients, of which it makes a list of numbers.
     """
+    from megatron.core.optimizer import clip_grads
+
     collectives: Any = dist
-    original = collectives.all_gather_object
+    original, norm = collectives.all_gather_object, clip_grads.l2_norm_impl
 
     def gather(objects: list[Any], own: Any, group: Any = None) -> None:
         objects[:] = [own] * len(objects)
 
     collectives.all_gather_object = gather
+    clip_grads.l2_norm_impl = lambda *_: (torch.zeros(1), None)
     try:
         yield
     finally:
-        collectives.all_gather_object = original
+        collectives.all_gather_object, clip_grads.l2_norm_impl = original, norm
 
 
 def _compiled_functions() -> None:

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, UntypedStorage
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,13 @@ from megatron_opd.mcore.cpu_compat import alone_in_a_fake_world
 from megatron_opd.mcore.platform import Platform
 
 FAKE = Platform(torch.device("cpu"), "fake", transformer_engine=False)
+
+# Collectives in place, for which torch has no meta implementation; Megatron's reductions of gradients are made of them.
+_WITHOUT_META = {
+    torch.ops.c10d.allreduce_coalesced_.default,
+    torch.ops.c10d.allgather_into_tensor_coalesced_.default,
+    torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,8 @@ class _Shapes(FakeTensorMode):
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.number is not None and func is torch.ops.aten._local_scalar_dense.default:
             return self.number
+        if func in _WITHOUT_META:
+            return FakeWork().boxed()
         return super().dispatch(func, types, args, kwargs or {})
 
 

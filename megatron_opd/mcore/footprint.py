@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from megatron_opd.mcore.fake_world import FAKE, fake_rank, shallow
 from megatron_opd.mcore.fp8 import without_tuning
 from megatron_opd.mcore.frozen import build_frozen
 from megatron_opd.mcore.frozen_fp8 import fp8_bytes
-from megatron_opd.mcore.fused_stand_ins import FUSED_FIELDS, fuse
+from megatron_opd.mcore.fused_stand_ins import FUSED_FIELDS, AttentionWork, fuse
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec, build_model, dtype_of, transformer_config
 from megatron_opd.mcore.parallel import ParallelLayout, init_layout
 from megatron_opd.mcore.passes import PassBytes, in_flight, scoring_pass, training_pass
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.mcore.trainer import Trainer
 
-_WITHOUT_VALUES = {"perform_initialization": False}
+WITHOUT_VALUES = {"perform_initialization": False}
 Kernels = Literal["local", "fused"]  # Megatron's local modules as CPU runs have them, or what the GPU run's fused ones keep
 
 
@@ -78,6 +79,16 @@ class Rank:
     number: int
     world_size: int
 
+    def without_replicas(self, parallel: ParallelConfig, *, at_most: int = 1) -> tuple[ParallelConfig, Rank]:
+        """The same place in the smallest world of the layout, or with ``at_most`` times as many ranks.
+
+        Passes do not depend on how many replicas there are, and the groups of a large world take time to make.
+        """
+        smallest = math.lcm(parallel.model_parallel_size, parallel.pp * parallel.ep)
+        size = smallest * min(at_most, self.world_size // smallest)
+        within = self.number % (self.world_size // parallel.pp) % (parallel.tp * parallel.cp)
+        return parallel.model_copy(update={"dp": None}), Rank(self.stage(parallel) * size // parallel.pp + within, size)
+
     def stage(self, parallel: ParallelConfig) -> int:
         """Of a model's pipeline, the outermost axis."""
         return self.number * parallel.pp // self.world_size
@@ -101,7 +112,7 @@ def state_bytes(config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
     with fake_rank(rank.number, rank.world_size):
         layout = init_layout(student, config.run.seed)
         native = transformer_config(
-            spec, student, FAKE, dtype_of(config), {**_WITHOUT_VALUES, **without_tuning(config.student.megatron)}
+            spec, student, FAKE, dtype_of(config), {**WITHOUT_VALUES, **without_tuning(config.student.megatron)}
         )
         trainer = Trainer(
             build_model(spec, native, layout, FAKE),
@@ -138,19 +149,21 @@ def chunk_passes(
     """Of each of the rank's chunks; ``whole``: every layer runs, not up to three of equal ones."""
     parallel = config.student.parallel
     native = transformer_config(
-        spec, parallel, FAKE, dtype_of(config), {**_measurable(spec, kernels), **without_tuning(config.student.megatron)}
+        spec, parallel, FAKE, dtype_of(config), {**measurable(spec, kernels), **without_tuning(config.student.megatron)}
     )
+
+    alone, place = rank.without_replicas(parallel)
 
     def measure(number: int, layers: int | None) -> PassBytes:
         platform = FAKE if layers is None else shallow(layers)
-        with fake_rank(rank.number, rank.world_size), _running(kernels):
-            layout = init_layout(parallel, config.run.seed)
+        with fake_rank(place.number, place.world_size), running(kernels):
+            layout = init_layout(alone, config.run.seed)
             chunk = build_model(spec, native, layout, platform)[number]
-            _use(chunk, kernels)
+            use(chunk, kernels)
             return training_pass(chunk, lengths, layout)
 
     def of_all_layers(number: int, layers: int) -> PassBytes:
-        unit = _equal_layers(native, kernels)
+        unit = equal_layers(native, kernels)
         if whole or unit is None or layers % unit or layers <= 3 * unit:
             return measure(number, None)
         return measure(number, 3 * unit).after(measure(number, 2 * unit), layers // unit - 3)
@@ -160,8 +173,9 @@ def chunk_passes(
 
 def scheduled(config: Config, rank: Rank, passes: Sequence[PassBytes], microbatches: int) -> PassesBytes:
     """The passes of the rank's chunks in the schedule of a step."""
-    with fake_rank(rank.number, rank.world_size):
-        held = in_flight(passes, init_layout(config.student.parallel, config.run.seed), microbatches)
+    alone, place = rank.without_replicas(config.student.parallel)
+    with fake_rank(place.number, place.world_size):
+        held = in_flight(passes, init_layout(alone, config.run.seed), microbatches)
     return PassesBytes(held, max(each.recomputed for each in passes), max(each.working for each in passes))
 
 
@@ -172,16 +186,17 @@ def frozen_bytes(
     parallel, dtype = config.layouts[section], dtype_of(config)
 
     def build(platform: Platform, layout: ParallelLayout) -> tuple[HiddenStateModel, ...]:
-        return build_frozen(spec, parallel, layout, platform, dtype, _measurable(spec, kernels))
+        return build_frozen(spec, parallel, layout, platform, dtype, measurable(spec, kernels))
 
-    with fake_rank(rank.number, rank.world_size), _running(kernels):
-        layout = init_layout(parallel, config.run.seed)
+    alone, place = rank.without_replicas(parallel)
+    with fake_rank(place.number, place.world_size), running(kernels):
+        layout = init_layout(alone, config.run.seed)
         whole = build(FAKE, layout)
         weights = sum(_storages(parameter for chunk in whole for parameter in chunk.parameters()).values())
         saved, product = fp8_bytes(each for chunk in whole for each in chunk.modules()) if config.quantizes(section) else (0, 0)
         # Each layer leaves the memory that it used to the next; where some are dense and some not, all are there.
         (chunk,) = whole if spec.dims.dense_layers else build(shallow(3), layout)
-        _use(chunk, kernels)
+        use(chunk, kernels)
         return FrozenBytes(weights - saved, product + scoring_pass(chunk, lengths, layout))
 
 
@@ -204,8 +219,9 @@ def loss_chunk_bytes(
 ) -> int:
     """The loss of the largest micro-batch on ``rank``, of the last stage, on ``device``; ``vocab_size``: ids of all models."""
     parallel, objective = config.student.parallel, config.objective
-    with fake_rank(rank.number, rank.world_size):
-        layout = init_layout(parallel, config.run.seed)
+    alone, place = rank.without_replicas(parallel)
+    with fake_rank(place.number, place.world_size):
+        layout = init_layout(alone, config.run.seed)
         shard_rows = spec.dims.padded_vocab_size // layout.tp_size
         terms = ChunkLoss(
             opd_term(objective, vocab_size),
@@ -228,23 +244,23 @@ def loss_chunk_bytes(
         return loss_bytes(LinearLoss((), terms, config.loss.chunk_tokens), shapes)
 
 
-def _measurable(spec: ModelSpec, kernels: Kernels) -> dict[str, Any]:
+def measurable(spec: ModelSpec, kernels: Kernels) -> dict[str, Any]:
     """TransformerConfig fields for passes without content: with experts the shapes of balanced routing."""
     balanced = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True} if spec.dims.experts else {}
-    return _WITHOUT_VALUES | balanced | (FUSED_FIELDS if kernels == "fused" else {})
+    return WITHOUT_VALUES | balanced | (FUSED_FIELDS if kernels == "fused" else {})
 
 
-def _running(kernels: Kernels) -> Any:
+def running(kernels: Kernels) -> Any:
     """Megatron compiles its fused functions; without content they run as they are written."""
     return torch.compiler.set_stance("force_eager") if kernels == "fused" else nullcontext()
 
 
-def _use(chunk: HiddenStateModel, kernels: Kernels) -> None:
-    if kernels == "fused":
-        fuse(chunk)
+def use(chunk: HiddenStateModel, kernels: Kernels) -> AttentionWork:
+    """Where the kernels are the local ones nothing is counted."""
+    return fuse(chunk) if kernels == "fused" else AttentionWork()
 
 
-def _equal_layers(config: TransformerConfig, kernels: Kernels) -> int | None:
+def equal_layers(config: TransformerConfig, kernels: Kernels) -> int | None:
     """How many layers take the same memory again and again; None: they differ."""
     if isinstance(config.moe_layer_freq, list) or (kernels == "local" and isinstance(config.window_attn_skip_freq, list)):
         return None  # some have experts; some keep the mask of a window

@@ -133,6 +133,38 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int, section: str =
     return dp_size
 
 
+def group_ranks(parallel: ParallelConfig, world_size: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Global ranks of the groups that ``rank`` is in, in a world that need not be there.
+
+    Names are the fields of ProcessGroupCollection; "optimizer" is Megatron's intra_dist_opt.
+    """
+    tp, cp, pp, ep = parallel.tp, parallel.cp, parallel.pp, parallel.ep
+    stage = world_size // pp
+    number = rank % stage  # tp + tp_size * (cp + cp_size * dp)
+    first = rank - number
+
+    def of_stage(start: int, stop: int, step: int) -> tuple[int, ...]:
+        return tuple(range(first + start, first + stop, step))
+
+    slice_, replica = number // tp % cp, number - number % (tp * cp)
+    pipeline = tuple(range(number, world_size, stage))
+    experts = of_stage(number - number % ep, number - number % ep + ep, 1)
+    everyone = tuple(range(world_size))
+    return {
+        "tp": of_stage(number - number % tp, number - number % tp + tp, 1),
+        "cp": of_stage(replica + number % tp, replica + tp * cp, tp),
+        "dp": of_stage(number % tp + tp * slice_, stage, tp * cp),
+        "dp_cp": of_stage(number % tp, stage, tp),
+        "pp": pipeline,
+        "embd": tuple(dict.fromkeys((pipeline[0], pipeline[-1]))),
+        "ep": experts,
+        "tp_ep": experts,
+        "expt_dp": of_stage(number % ep, stage, ep),
+        "optimizer": everyone,
+        "world": everyone,
+    }
+
+
 def init_process_group(platform: Platform, timeout_s: float = 1800.0) -> None:
     """Join the world that torchrun (or the launcher) describes in the standard environment variables."""
     platform.prepare_process()

@@ -40,13 +40,13 @@ class PassBytes:
 def training_pass(chunk: HiddenStateModel, lengths: Sequence[int], layout: ParallelLayout) -> PassBytes:
     """Forward and backward of a micro-batch; ``lengths``: tokens of its sequences, not yet sliced for context parallelism."""
     chunk.train()
-    batch = _batch(lengths, layout)
-    given = _given(chunk, batch)
+    batch = batch_of(lengths, layout)
+    given = given_to(chunk, batch)
     for parameter in chunk.parameters():  # as DDP's hook does, once it has added the gradient to its buffer
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     saved, live = SavedBytes(chunk.parameters()), LiveBytes([*chunk.parameters(), *given])
     ends = [saved.keep(each) for each in given]
-    with reads_back(_tokens_of_an_expert(chunk, batch)), live, saved.watching():
+    with reads_back(tokens_of_an_expert(chunk, batch)), live, saved.watching():
         output = chunk.forward_packed(batch)
         ends.append(saved.keep(output))
         held = saved.now
@@ -59,10 +59,10 @@ def training_pass(chunk: HiddenStateModel, lengths: Sequence[int], layout: Paral
 
 def scoring_pass(chunk: HiddenStateModel, lengths: Sequence[int], layout: ParallelLayout) -> int:
     """The most that a forward without gradients takes."""
-    batch = _batch(lengths, layout)
-    given = _given(chunk, batch)
+    batch = batch_of(lengths, layout)
+    given = given_to(chunk, batch)
     live = LiveBytes([*chunk.parameters(), *given])
-    with torch.no_grad(), reads_back(_tokens_of_an_expert(chunk, batch)), live:
+    with torch.no_grad(), reads_back(tokens_of_an_expert(chunk, batch)), live:
         chunk.forward_packed(batch)
     return live.peak + sum(each.nbytes for each in given)
 
@@ -88,7 +88,8 @@ def _drop_gradient(parameter: Parameter) -> None:
     parameter.grad = None
 
 
-def _batch(lengths: Sequence[int], layout: ParallelLayout) -> PackedBatch:
+def batch_of(lengths: Sequence[int], layout: ParallelLayout) -> PackedBatch:
+    """A micro-batch of sequences of ``lengths`` tokens, sliced for context parallelism; its weights are not there."""
     boundaries = [0]
     for length in lengths:
         boundaries.append(boundaries[-1] + length)
@@ -107,7 +108,7 @@ def _batch(lengths: Sequence[int], layout: ParallelLayout) -> PackedBatch:
     )
 
 
-def _given(chunk: HiddenStateModel, batch: PackedBatch) -> list[Tensor]:
+def given_to(chunk: HiddenStateModel, batch: PackedBatch) -> list[Tensor]:
     """What the stage before sends, [T/cp (/tp), 1, H]; nothing to the first one."""
     if chunk.pre_process:
         return []
@@ -119,7 +120,7 @@ def _given(chunk: HiddenStateModel, batch: PackedBatch) -> list[Tensor]:
     return [states]
 
 
-def _tokens_of_an_expert(chunk: HiddenStateModel, batch: PackedBatch) -> int | None:
+def tokens_of_an_expert(chunk: HiddenStateModel, batch: PackedBatch) -> int | None:
     """With balanced routing, over the ranks that share experts; None: the chunk has no experts."""
     config = chunk.config
     if config.num_moe_experts is None:

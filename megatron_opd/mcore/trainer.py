@@ -92,7 +92,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.ddp, optimizer)
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
         config = self.chunks[0].config  # the chunks share it
-        config.finalize_model_grads_func = _sum_gradients
+        config.finalize_model_grads_func = sum_gradients
         config.grad_scale_func = self.optimizer.scale_loss
         self.gathers_late = optimizer.overlap_param_gather
         if optimizer.overlap_grad_reduce:  # only after the last micro-batch
@@ -361,7 +361,7 @@ def _check_frozen_models(terms: LossTerms[float], vocab_size: int) -> None:
             raise RunStopped(f"{model}.model: NaN or infinite logits on {count:.0f} tokens of the step; check its weights")
 
 
-def _sum_gradients(models: list[Any], num_tokens: Tensor | None, *args: Any, **kwargs: Any) -> None:
+def sum_gradients(models: list[Any], num_tokens: Tensor | None, *args: Any, **kwargs: Any) -> None:
     """Megatron's reduction without its division: the batch's weights already divide each source by its own global count.
 
     Megatron knows one count for the whole batch; one count shared by rollout and gold tokens would let the gold term fade when

@@ -36,8 +36,8 @@ class RealBytes:
     head: int
 
 
-def step_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -> RealBytes:
-    """One step on micro-batches that each hold sequences of ``lengths`` tokens."""
+def build(tree: dict[str, Any]) -> tuple[Config, Trainer, FrozenModel]:
+    """Of a config with one teacher; the reference is taken to be equal to it."""
     config = validate_config(tree)
     platform, parallel = Platform.detect(), config.student.parallel
     platform.prepare_process()
@@ -64,9 +64,16 @@ def step_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -
     frozen = FrozenModel(
         HFFolder(config.teacher.model), "teacher", config.layouts["teacher"], layout, platform, dtype_of(config), padded
     )
+    return config, trainer, frozen
+
+
+def step_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -> RealBytes:
+    """One step on micro-batches that each hold sequences of ``lengths`` tokens."""
+    config, trainer, frozen = build(tree)
+    layout = trainer.layout
     parameters = [*trainer.parameters(), *trainer.parameter_buffers()]
     gradients = trainer.gradient_buffers()
-    shares = make_shares(config, lengths, microbatches, layout.dp_size, spec.dims.vocab_size)
+    shares = make_shares(config, lengths, microbatches, layout.dp_size, trainer.spec.dims.vocab_size)
     batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
     scores = MegatronScorer(frozen).score(shares)
     saved, live = run_step(trainer, batches, scores, [*parameters, *gradients])

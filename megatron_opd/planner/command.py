@@ -1,0 +1,158 @@
+"""``megatron-opd plan CONFIG --nodes N --gpus-per-node 8 --gpu h100``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_opd.advisor.check import Reserve
+from megatron_opd.advisor.planner import Planner
+from megatron_opd.advisor.sizes import gib, parse_bytes
+from megatron_opd.config import Config
+from megatron_opd.config_file import load_config
+from megatron_opd.mcore.work import stage_tensors
+from megatron_opd.planner.alternatives import alternatives
+from megatron_opd.planner.calibrate import MeasuredRun, calibration, measured_run, predicted
+from megatron_opd.planner.engines import engine_gpus
+from megatron_opd.planner.hardware import GPUS, NEVER, Assumption, Efficiencies, assumptions
+from megatron_opd.planner.mean_step import Lengths
+from megatron_opd.planner.outcome import Outcome
+from megatron_opd.planner.rank_steps import PlannedStep, StepPlanner
+from megatron_opd.planner.render import render, render_calibration, render_error
+from megatron_opd.planner.resharding import Resharding, reshard
+from megatron_opd.planner.seconds import Rig, StepSeconds, step_seconds
+from megatron_opd.planner.timeline import check_ending, write_timeline
+from megatron_opd.preflight import check_colocated
+from megatron_opd.types import OpdError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line's options, as they were given."""
+
+    config: str
+    overrides: Sequence[str]
+    nodes: int
+    gpus_per_node: int
+    gpu: str
+    reserve: str | None
+    lengths: Lengths
+    json: str | None
+    timeline: str | None
+    calibrate: str | None
+    against: str | None
+
+
+def plan(asked: Asked) -> bool:
+    """Print the plan; whether the memory is enough. Of the models only config.json is read. Raises OpdError for bad input."""
+    gpus = _positive("--nodes", asked.nodes) * _positive("--gpus-per-node", asked.gpus_per_node)
+    gpu, rates = GPUS[asked.gpu], Efficiencies()
+    if asked.against is not None and asked.calibrate is None:
+        raise OpdError(f"--against: {asked.against}, but there is no --calibrate; give the run to calibrate by")
+    if asked.timeline is not None:
+        check_ending(asked.timeline)
+    kept_free = Reserve() if asked.reserve is None else Reserve(parse_bytes("--reserve", asked.reserve), 0)
+    available = gpu.memory - kept_free.of(gpu.memory)
+    if available <= 0:
+        raise OpdError(f"--reserve: {gib(kept_free.of(gpu.memory))} GiB are all of a {gpu.name}'s memory; lower it")
+
+    def load(changes: Sequence[str]) -> Config:
+        return load_config(asked.config, [*asked.overrides, *changes])
+
+    def predict(run: MeasuredRun, factors: Mapping[str, float]) -> StepSeconds:
+        return predicted(run, gpu, rates, factors, asked.gpus_per_node)
+
+    factors: dict[str, float] = {}
+    if asked.calibrate is not None:
+        by = measured_run("--calibrate", asked.calibrate)
+        factors = calibration(by, predict)
+        print("\n".join(render_calibration(by, factors)))
+    if asked.against is not None:
+        held_out = measured_run("--against", asked.against)
+        print(render_error(held_out, predict(held_out, factors)), end="\n\n")
+
+    rig = Rig(gpu, rates, asked.gpus_per_node, factors)
+    planner = StepPlanner(Planner(torch.device("cuda"), "fused", gpu.memory), asked.lengths)
+    config = load(())
+    own = _planned(planner, config, gpus)
+    seconds = step_seconds(own, rig)
+
+    def timed(changed: Config) -> tuple[PlannedStep, StepSeconds]:
+        found = _planned(planner, changed, gpus, up_to=available)
+        return found, step_seconds(found, rig)
+
+    outcome = Outcome(
+        plan=own,
+        rig=rig,
+        available=available,
+        seconds=seconds,
+        resharding=_resharding(own),
+        alternatives=alternatives(config, load, timed),
+        assumptions=[*_of_lengths(own, asked.lengths), *_of_factors(factors, asked.calibrate), *assumptions(gpu, rates)],
+    )
+    print(render(outcome))
+    if asked.json is not None:
+        _write(asked.json, outcome)
+    if asked.timeline is not None:
+        title = f"{config.run.name}: {own.memory.layout}, {outcome.gpus} x {gpu.name}; predicted, see the assumptions"
+        write_timeline(seconds, title, Path(asked.timeline))
+    return outcome.fits
+
+
+def _planned(planner: StepPlanner, config: Config, gpus: int, up_to: float = float("inf")) -> PlannedStep:
+    """On what the engines leave of the GPUs."""
+    ranks = gpus - engine_gpus(config)
+    if ranks < 1:
+        raise OpdError(
+            f"--nodes: {gpus} GPUs, but the engines alone have {gpus - ranks} (rollout.engines or rollout.urls x rollout.tp); "
+            "give more nodes"
+        )
+    if config.starts_servers and config.rollout.placement == "colocated":
+        check_colocated(config, ranks)
+    return planner.plan(config, ranks, up_to=up_to)
+
+
+def _resharding(own: PlannedStep) -> Resharding | None:
+    rollout, spec = own.config.rollout, own.models.student_spec
+    latent = own.models.student_config.multi_latent_attention
+    if rollout.backend != "sglang" or not own.config.samples or rollout.transport in ("native", "disk") or latent:
+        return None
+    stages = [stage_tensors(own.config, spec, step.rank) for _, step in sorted(own.stages.items())]
+    return reshard(stages, spec.dims, rollout.tp)
+
+
+def _of_lengths(own: PlannedStep, given: Lengths) -> list[Assumption]:
+    def source(value: int | None, default: str) -> str:
+        return "given" if value is not None else f"{default}; {NEVER}"
+
+    mean = own.mean
+    return [
+        Assumption("mean tokens of a response", str(mean.response), source(given.response, "half of max_new_tokens")),
+        Assumption("mean tokens of a prompt", str(mean.prompt), source(given.prompt, "256, or what the context leaves")),
+        Assumption("tokens of the longest response", str(mean.longest), f"max_new_tokens; {NEVER}"),
+        Assumption("all sequences", "as long as the mean one", f"longer ones cost attention more; {NEVER}"),
+        Assumption("links", "all collectives wait, but for overlapped gradients", f"a group over nodes is a ring; {NEVER}"),
+        Assumption("engines", "weights once a step, caches once a token", f"no prefix is shared; {NEVER}"),
+        Assumption("not in the seconds", "evaluation, checkpoints, packing, verification, served teachers' scores", "left out"),
+    ]
+
+
+def _of_factors(factors: Mapping[str, float], folder: str | None) -> list[Assumption]:
+    return [Assumption(f"factor on {phase}", f"{factor:.3g}", f"the run {folder}") for phase, factor in factors.items()]
+
+
+def _positive(option: str, value: int) -> int:
+    if value < 1:
+        raise OpdError(f"{option}: {value} is below 1; give 1 or more")
+    return value
+
+
+def _write(name: str, outcome: Outcome) -> None:
+    try:
+        Path(name).write_text(json.dumps(outcome.as_json(), indent=1), encoding="utf-8")
+    except OSError as error:
+        raise OpdError(f"--json: {name} cannot be written ({error.strerror}); name another file") from error

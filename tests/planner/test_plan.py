@@ -1,0 +1,147 @@
+"""``megatron-opd plan``: its figures are those of the parts that it is made of, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.distributed.distributed_c10d import GroupName
+
+from megatron_opd import cli
+from megatron_opd.advisor.planner import Planner
+from megatron_opd.config import ParallelConfig
+from megatron_opd.config_file import load_config
+from megatron_opd.mcore.collectives import Kind, group_names
+from megatron_opd.mcore.fake_world import fake_rank
+from megatron_opd.mcore.parallel import group_ranks, init_layout
+from megatron_opd.planner.links import Span
+from tests.advisor.configs import LLAMA_70B, write_config_json
+from tests.conftest import Table
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def write(folder: Path) -> Path:
+    model = write_config_json(folder / "model", SMALL)
+    tree: dict[str, Any] = {
+        "run": {"name": "planned", "steps": 20},
+        "student": {"model": model, "parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}},
+        "teacher": {"model": model},
+        "rollout": {
+            "backend": "sglang",
+            "placement": "colocated",
+            "engines": 4,
+            "tp": 2,
+            "sglang": {"mem_fraction_static": 0.5},
+            "sampling": {"max_new_tokens": 128},
+        },
+        "data": {"prompts": "none.jsonl", "prompts_per_step": 8},
+        "packing": {"max_tokens_per_microbatch": 1024},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size"), [({"tp": 2, "pp": 2}, 8), ({"tp": 2, "cp": 2, "ep": 4}, 8), ({"pp": 2, "ep": 2}, 8)], ids=str
+)
+def test_groups_are_megatrons(parallel: dict[str, Any], world_size: int) -> None:
+    layout = ParallelConfig(**parallel)
+    for number in range(world_size):
+        ours = group_ranks(layout, world_size, number)
+        with fake_rank(number, world_size):
+            for torch_name, name in group_names(init_layout(layout, 1)).items():
+                group = torch.distributed.distributed_c10d._resolve_process_group(GroupName(torch_name))
+                assert tuple(torch.distributed.get_process_group_ranks(group)) == ours[name], (number, name)
+
+
+def test_memory_is_the_advisors_and_parts_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = write(tmp_path), tmp_path / "plan.json"
+    assert cli.main(["plan", str(file), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "h100", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 200 and "assumed, never validated" in printed
+    found = json.loads(out.read_text())
+    memory = Planner(torch.device("cuda"), "fused", 80 * 10**9).plan(load_config(file), 8)
+    assert [each["peak"] for each in found["memory"]["ranks"]] == [each.peak for each in memory.classes]
+    phases = {name: sum(parts.values()) for name, parts in found["seconds"]["phases"].items()}
+    assert sum(phases.values()) == pytest.approx(found["seconds"]["step"])
+    crossing = {(row["phase"], row["group"]): row["span"]["crosses"] for row in found["traffic"]}
+    assert crossing["train", "pp"] and not crossing["train", "tp"]  # two nodes of four: a stage on each
+    elements = 2 * 1000 * 256 + 256 + 4 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256)
+    assert sum(each["bytes"] for each in found["weights"]) == 2 * elements
+    norms = 2 * 9 * 256
+    received = [sum(each["engine_ranks"][rank]["bytes"] for each in found["weights"]) for rank in range(2)]
+    assert sum(received) == 2 * elements + norms  # every rank has the norms; the rest is split
+    assert all(piece["target"] for each in found["weights"] for piece in each["engine_ranks"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", "3", "--gpus-per-node", "3", "rollout.engines=1", "rollout.tp=9"], "does not fit 9 ranks"),
+        (["--nodes", "1", "--gpus-per-node", "4"], "set them equal"),
+        (["--nodes", "0"], "--nodes: 0 is below 1"),
+        (["--nodes", "1", "student.parallel.tp=16"], "student"),
+        (["--nodes", "1", "--response-tokens", "1000"], "--response-tokens: 1000"),
+        (["--nodes", "1", "--against", "nothing"], "--against: nothing, but there is no --calibrate"),
+        (["--nodes", "1", "--timeline", "step.gif"], "--timeline"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_would_fail_on_the_cluster_fails_here(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(write(tmp_path)), "--gpu", "h100", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_too_little_memory_is_exit_code_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "1", "--gpu", "h100", "--reserve", "74GiB"]
+    assert cli.main(["plan", str(write(tmp_path)), *options]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [8, 32, 128])
+def test_70b_takes_less_than_a_minute(nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Table) -> None:
+    """Of one core: CPU seconds, for other work on the machine is no failure."""
+    file = write(tmp_path)
+    model = write_config_json(tmp_path / "70b", LLAMA_70B)
+    layout = "{tp: 8, pp: 4, sequence_parallel: true}"
+    overrides = [
+        *(f"student.model={model}", f"student.parallel={layout}", "student.offload=true", f"teacher.model={model}"),
+        *(f"teacher.parallel={layout}", "teacher.offload=true", f"reference={{parallel: {layout}, offload: true}}"),
+        *(f"rollout.engines={nodes}", "rollout.tp=8", "rollout.sglang.mem_fraction_static=0.6"),
+        *("rollout.sampling.max_new_tokens=4096", "data.max_context=8192", "data.prompts_per_step=128"),
+        *("packing.max_tokens_per_microbatch=16384", "student.megatron.recompute_granularity=full"),
+        *("student.megatron.recompute_method=uniform", "student.megatron.recompute_num_layers=1"),
+    ]
+    started = time.process_time()
+    assert cli.main(["plan", str(file), *overrides, "--nodes", str(nodes), "--gpu", "h100"]) == 0
+    seconds = time.process_time() - started
+    assert seconds < 60
+    table.add("Planner", f"70B, {8 * nodes} GPUs", f"{seconds:.0f} s")
+
+
+def test_rings() -> None:
+    assert Kind.ALL_REDUCE.sent(80, 4) == 120 and Kind.ALL_GATHER.sent(80, 4) == 60 and Kind.BROADCAST.sent(80, 1) == 0
+    assert Span.of([0, 1, 8, 9], 8) == Span(4, 2) and Span.of([0, 1, 8, 9], 8).crosses and not Span.of([0, 7], 8).crosses
