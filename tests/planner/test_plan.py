@@ -120,7 +120,7 @@ def test_too_little_memory_is_exit_code_one(tmp_path: Path, capsys: pytest.Captu
     assert "does not fit" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("nodes", [8, 32, 128])
 def test_70b_takes_less_than_two_minutes(nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Table) -> None:
     """Of one core: CPU seconds, for other work on the machine is no failure."""
