@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_opd.config import Config, teacher_key
-from megatron_opd.hf_folder import HFFolder, resolve_model
+from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import Inputs
 from megatron_opd.sglang import router
@@ -20,8 +20,7 @@ from megatron_opd.sglang.first_rank import FirstRank
 from megatron_opd.sglang.fleet import Fleet, Place
 from megatron_opd.sglang.launched import launch
 from megatron_opd.sglang.nodes import Nodes, address_of
-from megatron_opd.sglang.server import Server, ServerSpec, start_by_hand
-from megatron_opd.types import OpdError
+from megatron_opd.sglang.server import ServerSpec, start_by_hand
 
 STUDENT = "student"
 _HTTP_PORT = 80
@@ -87,45 +86,6 @@ def student_server(config: Config, folder: HFFolder, platform: Platform) -> Serv
     native = {"enable_memory_saver": True} if _shares_gpus(config, platform) else {}
     arguments = {"load_format": "dummy", **native, **config.rollout.sglang}
     return _spec(config, platform, STUDENT, folder, config.rollout.tp, arguments)
-
-
-def serve(config: Config, platform: Platform, number: int, python: str | None) -> None:
-    """Run the server that a run of ``config`` expects at the ``number``-th of ``rollout.urls``, from 0 on, as long as it lives.
-
-    Servers of one machine have its GPUs one after another. Raises OpdError: when it has ended, in any case.
-
-    Args:
-        python: the interpreter of SGLang's environment; None: this one.
-    """
-    rollout = config.rollout
-    if number not in range(len(rollout.urls)):
-        raise OpdError(f"--number: {number}, but the servers at rollout.urls count from 0 to {len(rollout.urls) - 1}")
-    if rollout.api_key_file is None:
-        raise OpdError("rollout.api_key_file: not set, and a server without a key obeys everybody; give a text file with one")
-    key = read_key("rollout.api_key_file", rollout.api_key_file)
-    addresses = [urlsplit(url) for url in rollout.urls]
-    own = addresses[number]
-    spec = student_server(config, HFFolder(resolve_model(config.student.model)), platform)
-    arguments = dict(spec.arguments)
-    if platform.device.type == "cuda":
-        before = sum(each.hostname == own.hostname for each in addresses[:number])
-        arguments["base_gpu_id"] = before * rollout.tp
-    log = spec.log.with_name(f"{number}-{spec.log.name}")
-    spec = replace(
-        spec,
-        python=python or spec.python,
-        host=own.hostname or rollout.host,
-        seed=spec.seed + number,
-        arguments=arguments,
-        log=log,
-    )
-    server = Server(spec, key, own.port or _HTTP_PORT)
-    try:
-        server.wait_until_ready(rollout.startup_timeout)
-        server.wait()
-        raise OpdError(f"SGLang server {server.url}: ended ({server.last_words()}); see {log}")
-    finally:
-        server.stop()
 
 
 def how_to_start(config: Config, folder: HFFolder, platform: Platform) -> str:

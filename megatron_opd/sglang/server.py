@@ -61,15 +61,10 @@ class ServerSpec:
 class Server:
     """A running server. Its processes end with this one, however this one ends."""
 
-    def __init__(self, spec: ServerSpec, api_key: str | None = None, port: int | None = None) -> None:
-        """Start it; :meth:`wait_until_ready` comes next.
-
-        Args:
-            api_key: None: one that is drawn here and known to nobody else.
-            port: None: a free one.
-        """
+    def __init__(self, spec: ServerSpec, api_key: str | None = None) -> None:
+        """Start it; :meth:`wait_until_ready` comes next. ``api_key``: None for one drawn here, known to nobody else."""
         self.spec = spec
-        self.port = free_port(spec.host) if port is None else port
+        self.port = free_port(spec.host)
         self.url = f"http://{spec.host}:{self.port}"
         self.api_key = api_key or secrets.token_hex(24)  # of letters and digits: a dash in front would be an option
         spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +115,6 @@ class Server:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
-
-    def wait(self) -> None:
-        """Until it has ended."""
-        self._process.wait()
 
     def last_words(self) -> str:
         lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.spec.log.exists() else []
