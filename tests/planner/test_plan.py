@@ -120,10 +120,10 @@ def test_too_little_memory_is_exit_code_one(tmp_path: Path, capsys: pytest.Captu
     assert "does not fit" in capsys.readouterr().out
 
 
-@pytest.mark.exhaustive
+@pytest.mark.exhaustive  # a processor second is longer on a machine with other work
 @pytest.mark.parametrize("nodes", [8, 32, 128])
-def test_70b_takes_less_than_two_minutes(nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Table) -> None:
-    """Of one core: CPU seconds, for other work on the machine is no failure."""
+def test_70b_takes_less_than_a_minute(nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Table) -> None:
+    """Of one core: CPU seconds."""
     file = write(tmp_path)
     model = write_config_json(tmp_path / "70b", LLAMA_70B)
     layout = "{tp: 8, pp: 4, sequence_parallel: true}"
@@ -138,7 +138,7 @@ def test_70b_takes_less_than_two_minutes(nodes: int, tmp_path: Path, capsys: pyt
     started = time.process_time()
     assert cli.main(["plan", str(file), *overrides, "--nodes", str(nodes), "--gpu", "h100"]) == 0
     seconds = time.process_time() - started
-    assert seconds < 120
+    assert seconds < 60
     table.add("Planner", f"70B, {8 * nodes} GPUs", f"{seconds:.0f} s")
 
 

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tp2 x dp2": ("tied", {"tp": 2, "dp": 2}, {}),
     "pp2 x dp2": ("untied", {"pp": 2, "dp": 2}, {}),
 }
-LONG = {"tp2", "pp2 vpp2", "dp2", "dp2 without distributed optimizer", "tp2 x dp2", "pp2 x dp2", "tp2 sp x cp2"}
+SLOW = {"tp2", "pp2 vpp2", "dp2", "dp2 without distributed optimizer", "tp2 x dp2", "pp2 x dp2", "tp2 sp x cp2"}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def payloads(traffic: Traffic) -> Mapping[Flow, float]:
     return {flow: round(payload) for flow, payload in found.items()}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name in CASES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_every_group_has_the_bytes_of_a_real_step(name: str, models: dict[str, str], pool: WorkerPool, table: Table) -> None:
     tree = tree_of(name, models)
     config = validate_config(tree)
