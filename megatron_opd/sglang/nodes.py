@@ -76,11 +76,12 @@ def address_of(host: str) -> str:
 
 
 def assign(specs: Sequence[ServerSpec], ranks: Sequence[int], *, shared: bool) -> list[tuple[int, ServerSpec]]:
-    """Each with the number of its machine, which never falls: equal ones told apart by seeds, logs, and on GPUs their places.
+    """Each with the number of its machine: equal ones told apart by seeds, logs, and on GPUs their places.
 
     Args:
         ranks: training ranks on each machine.
-        shared: servers have the devices of the training, in the order of the ranks; else each machine has the same number of
+        shared: servers have the devices of the training, in the order of the ranks, and when all are taken from the first on
+            again (a teacher's beside the student's: they are awake by turns); else each machine has the same number of
             servers, on devices of their own from ``base_gpu_id`` on.
 
     Raises OpdError where the devices of one server would be on two machines.
@@ -89,8 +90,10 @@ def assign(specs: Sequence[ServerSpec], ranks: Sequence[int], *, shared: bool) -
     taken = [0] * len(ranks)  # devices of each machine
     for number, spec in enumerate(specs):
         if shared:
-            node = next((each for each, count in enumerate(ranks) if taken[each] < count), None)
-            if node is None or taken[node] + spec.tp > ranks[node]:
+            if taken == list(ranks):
+                taken = [0] * len(ranks)
+            node = next(each for each, count in enumerate(ranks) if taken[each] < count)
+            if taken[node] + spec.tp > ranks[node]:
                 raise OpdError(
                     f"rollout.tp: {spec.tp} devices of server {number} would not all be on one machine, which have "
                     f"{', '.join(map(str, ranks))} training ranks; lower rollout.tp to a divisor of these"

@@ -37,6 +37,11 @@ def test_servers_that_share_devices_follow_the_ranks() -> None:
     assert places([SPEC] * 6, [4, 8], shared=True) == [(0, 0), (0, 2), (1, 0), (1, 2), (1, 4), (1, 6)]
 
 
+def test_teachers_servers_share_devices_with_the_students() -> None:
+    teacher = replace(SPEC, name="teacher")
+    assert places([SPEC] * 3 + [teacher] * 2, [2, 4], shared=True) == [(0, 0), (1, 0), (1, 2), (0, 0), (1, 0)]
+
+
 def test_servers_on_their_own_devices_are_shared_out_evenly() -> None:
     own = replace(SPEC, arguments={"base_gpu_id": 4})
     assert places([own] * 4, [4, 4], shared=False) == [(0, 4), (0, 6), (1, 4), (1, 6)]
