@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from types import FrameType
+
+from torch.distributed import TCPStore
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.stop_signal import SIGNALS
 from megatron_opd.types import OpdError
 
+_HOST = "127.0.0.1"
 _EPHEMERAL_PORTS = 32768  # and above: anybody may get one
 
 
@@ -67,10 +69,10 @@ def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
 
     A rank that ended as it was asked to is no failure: the others do so too.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    # They meet here, as they would at torchrun: a port that is only looked up may be another's by the time a rank listens.
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": _HOST, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": str(True)}
+    common = {**os.environ, **meeting, "WORLD_SIZE": str(world_size)}
     if platform.device.type == "cpu":
         common["OMP_NUM_THREADS"] = "1"
     ranks = [

@@ -1,11 +1,32 @@
-"""Where the ranks of a Slurm job meet."""
+"""Where ranks meet."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
-from megatron_opd.launch import first_host
+from megatron_opd.launch import first_host, run_ranks
+from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError
+
+
+def test_ranks_meet_at_a_port_that_nobody_else_can_get_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+    met: list[str] = []
+
+    def listen(_command: list[str], env: Mapping[str, str]) -> subprocess.Popen[Any]:
+        with socket.create_connection((env["MASTER_ADDR"], int(env["MASTER_PORT"]))):
+            met.append(env["RANK"])
+        return start([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(subprocess, "Popen", listen)
+    assert run_ranks([], 2, Platform.detect()) == 0
+    assert met == ["0", "1"]
 
 
 @pytest.mark.parametrize(
