@@ -72,11 +72,9 @@ UNSURE = {
 }
 # Students that check more and begin with more truncation.
 EAGER = {
-    "eager_opd": Arm("OPD", OPD, student="eager_student", pairs=(0,), baseline="eager_opd"),
-    "eager_stableopd": Arm("StableOPD", (), student="eager_student", pairs=(0,), baseline="eager_opd"),
-    "eager_gold_only": Arm(
-        "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
-    ),
+    "eager_opd": Arm("OPD", OPD, student="eager_student", baseline="eager_opd"),
+    "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
+    "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
 }
 # What is offered beyond the paper, token by token.
 OPTIONS = {

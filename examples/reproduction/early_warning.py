@@ -14,7 +14,7 @@ from typing import Any
 from examples.reproduction.arms import GROUPS, run_folder
 from examples.reproduction.make_models import HERE
 
-_GROUPS = ("arms", "eager", "controls")
+_GROUPS = ("arms", "eager", "controls", "end_tokens", "unsure_ends", "options")  # not actions, which act on it
 _CHOSEN_ON = 0  # the pair
 _FALL = 0.15  # of held-out accuracy below its start, which errs by 0.06
 # Responses that grow because working appears, and end: `make demo`.
