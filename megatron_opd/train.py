@@ -133,7 +133,7 @@ def _run(
         record |= system.teacher.figures() if system.teacher else {}
         record |= sync.figures() if sync else {}
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
-            with trainer.off_device():
+            with clock.paused(), trainer.off_device():
                 record |= _evaluate(config, inputs, system.engine, state, "after")
         reporter.step(state, stats, record, rollouts, system.monitors, alarms)
         state.monitors = system.monitors.state_dict()
@@ -270,6 +270,13 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile belongs to no step."""
+        start = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - start
 
     def record(self, tokens: int) -> dict[str, float | None]:
         """This step's phases, its whole time and its input tokens per second; starts the next step."""
