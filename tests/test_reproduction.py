@@ -13,18 +13,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.reproduction.arms import ARMS, CONFIG, EVERY, command_overrides
+from examples.reproduction.arms import ARMS, CONFIG, EVERY, SLIPS, Arm, command_overrides
 from examples.reproduction.final import Response
 from examples.reproduction.make_models import (
     BOUNDED_TEACHER,
     CONTEXT,
+    GOLD,
+    SLIPPING_GOLD,
     TEACHER,
     UNSURE_STUDENT,
     alone,
     exchange_end,
     write_untrained,
 )
-from examples.reproduction.problems import EOS, NUMBERS, UNKNOWN, VOCABULARY, Style, make_tokenizer, problems
+from examples.reproduction.problems import EOS, LARGEST, NUMBERS, UNKNOWN, VOCABULARY, Style, make_tokenizer, problems
 from examples.reproduction.table import above_half, difference
 from megatron_opd.config_file import load_config
 from megatron_opd.data.tokenizers import load_tokenizer, stop_ids
@@ -96,6 +98,33 @@ def test_styles_that_say_it_once_draw_nothing_for_it() -> None:
     assert rng.getstate() == before  # the committed tables rest on these draws
 
 
+def test_slips_are_as_many_as_the_style_says_and_the_steps_after_one_go_on_from_it() -> None:
+    rng = random.Random(0)
+    steps = slips = 0
+    for problem in islice(problems("test"), 3000):
+        slipped = problem.slipped(SLIPPING_GOLD.slips, rng)
+        total = problem.steps[0].split()[0]
+        assert [step.split()[1:3] for step in slipped.steps] == [step.split()[1:3] for step in problem.steps]
+        for step in slipped.steps:
+            left, sign, by, _, result = step.rstrip(".").split()
+            assert left == total
+            right = NUMBERS.index(left) + (NUMBERS.index(by) if sign == "+" else -NUMBERS.index(by))
+            right = min(max(right, 0), LARGEST)
+            assert abs(NUMBERS.index(result) - right) <= 1
+            steps, slips, total = steps + 1, slips + (NUMBERS.index(result) != right), result
+        assert slipped.answer == total
+        assert is_correct(slipped.solution(1), total)
+        assert is_correct(slipped.solution(1), problem.answer) == (total == problem.answer)
+    assert slips / steps == pytest.approx(SLIPPING_GOLD.slips, abs=0.01)
+
+
+def test_a_style_without_slips_draws_nothing_for_them() -> None:
+    one, other = random.Random(0), random.Random(0)
+    problem = next(problems("test"))
+    assert GOLD.solution(problem, one) == problem.solution(GOLD.checks(other), GOLD.answers(other))
+    assert one.getstate() == other.getstate()
+
+
 @pytest.mark.parametrize(("style", "mean"), [(Style(again=0.0), 1.0), (Style(again=0.8, most=1000), 5.0)])
 def test_a_style_checks_as_often_as_it_says(style: Style, mean: float) -> None:
     rng = random.Random(0)
@@ -111,9 +140,10 @@ def test_the_endless_share_of_the_teachers_documents_is_the_only_difference_to_t
     assert (TEACHER.again, TEACHER.most) == (BOUNDED_TEACHER.again, BOUNDED_TEACHER.most)
 
 
-def test_the_arms_differ_in_loss_terms_alone() -> None:
-    recipe = _leaves(load_config(CONFIG, command_overrides("stableopd", 0)).model_dump())
-    for name in ARMS:
+@pytest.mark.parametrize(("whole", "arms"), [("stableopd", ARMS), ("slips_stableopd", SLIPS)])
+def test_the_arms_differ_in_loss_terms_alone(whole: str, arms: dict[str, Arm]) -> None:
+    recipe = _leaves(load_config(CONFIG, command_overrides(whole, 0)).model_dump())
+    for name in arms:
         arm = _leaves(load_config(CONFIG, command_overrides(name, 0)).model_dump())
         differing = {key for key in recipe if arm[key] != recipe[key]}
         assert differing <= LOSS_TERMS | {"run.name", "run.dir"}, name

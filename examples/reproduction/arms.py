@@ -76,6 +76,16 @@ EAGER = {
     "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
     "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
 }
+# Students and gold solutions that slip, which the teacher does not. Chosen on pair 0 and frozen; then run on the others.
+SLIPS_RECIPE = ("loss.opd=reverse_kl", "loss.reference_kl=0.05", "optimizer.lr=6.0e-4", "optimizer.decay=cosine")
+SLIPS = {
+    name: Arm(title, (*SLIPS_RECIPE, *terms), "slipping_student", prompts="train_slipping.jsonl", baseline="slips_gold_only")
+    for name, title, terms in (
+        ("slips_gold_only", "gold only, no OPD", ("mixture.student=0",)),
+        ("slips_opd", "OPD", OPD),
+        ("slips_stableopd", "StableOPD", ()),
+    )
+}
 # What is offered beyond the paper, token by token.
 OPTIONS = {
     "truncated_left_out": control("truncated responses left out", "loss.truncated_weight=0"),
@@ -118,6 +128,7 @@ GROUPS = {
     "end_tokens": END_TOKENS,
     "unsure_ends": UNSURE,
     "eager": EAGER,
+    "slips": SLIPS,
     "options": OPTIONS,
     "actions": ACTIONS,
 }

@@ -36,7 +36,9 @@ STUDENT = Style(again=0.8)
 EAGER_STUDENT = Style(again=0.9)
 UNSURE_TEACHER = Style(again=0.4, answer_again=0.1)
 UNSURE_STUDENT = Style(again=0.8, answer_again=0.1)
+SLIPPING_STUDENT = Style(again=0.9, slips=0.125)
 GOLD = Style(again=0.0)
+SLIPPING_GOLD = Style(again=0.0, slips=0.125)
 WARMSTARTS = {
     "teacher": (TEACHER, 36_000),
     "bounded_teacher": (BOUNDED_TEACHER, 36_000),
@@ -44,6 +46,7 @@ WARMSTARTS = {
     "eager_student": (EAGER_STUDENT, 1_500),
     "unsure_teacher": (UNSURE_TEACHER, 36_000),
     "unsure_student": (UNSURE_STUDENT, 1_500),
+    "slipping_student": (SLIPPING_STUDENT, 6_000),
 }
 OTHER_ENDS = {"other_end_teacher": "bounded_teacher", "unsure_other_end_teacher": "unsure_teacher"}  # made of which
 SIZES = {"teacher": (128, 352, 4), "student": (96, 256, 3)}  # hidden, feed-forward, layers
@@ -67,6 +70,7 @@ def make_data(pair: int) -> None:
     train = list(islice((each for each in problems(f"train {pair}") if each.question not in asked), TRAIN))
     write(WORK / f"pair-{pair}" / "train.jsonl", train, GOLD, f"train {pair}")
     write(WORK / f"pair-{pair}" / "train_student_style.jsonl", train, STUDENT, f"train {pair}")
+    write(WORK / f"pair-{pair}" / "train_slipping.jsonl", train, SLIPPING_GOLD, f"train {pair}")
 
 
 def make_model(name: str, pair: int) -> None:
@@ -133,7 +137,7 @@ def write(file: Path, chosen: Iterable[Problem], style: Style, seed: str) -> Non
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for problem in chosen:
-        solution = problem.solution(style.checks(rng), style.answers(rng))
+        solution = style.solution(problem, rng)
         lines.append(json.dumps({"prompt": problem.question, "answer": problem.answer, "solution": solution}))
     text = "\n".join(lines) + "\n"
     if not file.exists() or file.read_text(encoding="utf-8") != text:  # a run may be reading it

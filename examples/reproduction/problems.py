@@ -37,13 +37,15 @@ class Style:
     """Checks of a solution: one, and after each another one with probability ``again``; never more than ``most``.
 
     A share ``endless`` of the solutions goes on to ``most``. The sentence with the answer is said again with probability
-    ``answer_again``, each time: a model of such solutions is not certain that a response ends there.
+    ``answer_again``, each time: a model of such solutions is not certain that a response ends there. A step is one off with
+    probability ``slips``; what follows goes on from there, so the answer is wrong, but for a second slip that makes it good.
     """
 
     again: float
     endless: float = 0.0
     most: int = 36  # some 250 tokens: far beyond the length budget of every rollout
     answer_again: float = 0.0
+    slips: float = 0.0
 
     def checks(self, rng: random.Random) -> int:
         if rng.random() < self.endless:
@@ -59,6 +61,10 @@ class Style:
             count += 1
         return count
 
+    def solution(self, problem: Problem, rng: random.Random) -> str:
+        checks, answers = self.checks(rng), self.answers(rng)
+        return (problem.slipped(self.slips, rng) if self.slips else problem).solution(checks, answers)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -70,6 +76,19 @@ class Problem:
         """The steps, the last one ``checks`` times more, the answer ``answers`` times; the product appends the end token."""
         again = [f"Wait, {self.steps[-1]}"] * checks
         return " ".join([*self.steps, *again, ". ".join([f"So the answer is {self.answer}"] * answers)])
+
+    def slipped(self, share: float, rng: random.Random) -> Problem:
+        """The same question, as one answers it who is one off in a ``share`` of the steps."""
+        steps, total = [], self.steps[0].split()[0]
+        for step in self.steps:
+            _, sign, by, _, _ = step.split()
+            result = NUMBERS.index(total) + (NUMBERS.index(by) if sign == "+" else -NUMBERS.index(by))
+            if rng.random() < share:
+                result += rng.choice((-1, 1))
+            result = min(max(result, 0), LARGEST)  # there are no words for others
+            steps.append(f"{total} {sign} {by} = {NUMBERS[result]}.")
+            total = NUMBERS[result]
+        return Problem(self.question, total, tuple(steps))
 
 
 def problems(seed: str, operations: tuple[int, int] = (2, 3)) -> Iterator[Problem]:

@@ -36,7 +36,7 @@ def main() -> None:
     groups = {name: rows_of(group, earlier.get(name, [])) for name, group in GROUPS.items()}
     results: dict[str, Any] = {
         "recipe": CONFIG.read_text(encoding="utf-8"),
-        "models": models() or earlier.get("models", []),
+        "models": updated(earlier.get("models", []), models(), "name"),
         **groups,
         "depth": updated(earlier.get("depth", []), depth(), "model"),
         "repeated": updated(earlier.get("repeated", []), repeated(), "title", "steps"),
@@ -48,6 +48,7 @@ def main() -> None:
     tables["repeated"] = repeated_table(results["repeated"])
     tables["early_warning"] = early_warning_table(results["early_warning"])
     tables["early_warning_summary"] = early_warning_summary(results["early_warning"])
+    tables["slips_course"] = course_table(groups["slips"])
     tables |= {name: runs_table(rows) for name, rows in groups.items()}
     page = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -70,7 +71,7 @@ def updated(earlier: Sequence[Row], rows: Sequence[Row], *keys: str) -> list[Row
 def models() -> list[Row]:
     """What the runs begin with."""
     rows = []
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "slipping_student"):
         files = [WORK / f"pair-{pair}" / f"{name}.responses.jsonl" for pair in PAIRS]
         if all(file.exists() for file in files):
             rows.append({"name": name, **figures([read_responses(file) for file in files])})
@@ -134,9 +135,8 @@ def row(name: str) -> Row:
         **figures(final),
         "over_opd": None if name == baseline else difference(final, plain),
         "truncation_above_half": [above_half(metrics(name, pair)) for pair in pairs],
-        "best_accuracy": [
-            max(each["eval/accuracy"] for each in metrics(name, pair) if "eval/accuracy" in each) for pair in pairs
-        ],
+        "start_accuracy": [accuracies(name, pair)[0] for pair in pairs],
+        "best_accuracy": [max(accuracies(name, pair)) for pair in pairs],
         "minutes": [
             json.loads((run_folder(name, pair) / "done.json").read_text(encoding="utf-8"))["seconds"] / 60 for pair in pairs
         ],
@@ -182,6 +182,11 @@ def above_half(records: Sequence[Mapping[str, Any]]) -> int | None:
     return None
 
 
+def accuracies(name: str, pair: int) -> list[float]:
+    """Of 64 held-out problems, in the course of the run."""
+    return [each["eval/accuracy"] for each in metrics(name, pair) if "eval/accuracy" in each]
+
+
 def metrics(name: str, pair: int) -> list[dict[str, Any]]:
     text = (run_folder(name, pair) / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -194,7 +199,16 @@ def final_responses(name: str, pair: int) -> list[Response]:
 def models_table(rows: Sequence[Row]) -> str:
     lines = ["| model | accuracy | truncation | length | repeated 4-grams |", "|---|---|---|---|---|"]
     for each in rows:
-        lines.append(f"| {each['name']} | {_cells(each)} |")
+        lines.append(f"| {each['name'].replace('_', ' ')} | {_cells(each)} |")
+    return "\n".join(lines)
+
+
+def course_table(rows: Sequence[Row]) -> str:
+    """What was reached on the way, and what was kept."""
+    lines = ["| run | start | best on the way | end |", "|---|---|---|---|"]
+    for each in rows:
+        cells = [_cell(each[figure], 2) for figure in ("start_accuracy", "best_accuracy", "accuracy")]
+        lines.append(f"| {each['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -235,12 +249,13 @@ def put(page: str, name: str, table: str) -> str:
 
 def _cells(each: Row) -> str:
     """Mean, and each pair's own value."""
-    cells = []
-    for figure, digits in (("accuracy", 2), ("truncation", 2), ("length", 0), ("repeated_ngrams", 2)):
-        values = each[figure]
-        own = " / ".join(f"{value:.{digits}f}" for value in values)
-        cells.append(f"**{statistics.fmean(values):.{digits}f}** ({own})" if len(values) > 1 else own)
-    return " | ".join(cells)
+    digits = {"accuracy": 2, "truncation": 2, "length": 0, "repeated_ngrams": 2}
+    return " | ".join(_cell(each[figure], count) for figure, count in digits.items())
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    own = " / ".join(f"{value:.{digits}f}" for value in values)
+    return f"**{statistics.fmean(values):.{digits}f}** ({own})" if len(values) > 1 else own
 
 
 if __name__ == "__main__":
