@@ -78,13 +78,23 @@ EAGER = {
 }
 # Students and gold solutions that slip, which the teacher does not. Chosen on pair 0 and frozen; then run on the others.
 SLIPS_RECIPE = ("loss.opd=reverse_kl", "loss.reference_kl=0.05", "optimizer.lr=6.0e-4", "optimizer.decay=cosine")
+GOLD_ONLY = ("mixture.student=0",)
 SLIPS = {
     name: Arm(title, (*SLIPS_RECIPE, *terms), "slipping_student", prompts="train_slipping.jsonl", baseline="slips_gold_only")
     for name, title, terms in (
-        ("slips_gold_only", "gold only, no OPD", ("mixture.student=0",)),
+        ("slips_gold_only", "gold only, no OPD", GOLD_ONLY),
         ("slips_opd", "OPD", OPD),
         ("slips_stableopd", "StableOPD", ()),
     )
+}
+# What was tried before, each as gold only and as StableOPD.
+TRIALS = {
+    f"{name}_{arm}": Arm(f"{title}: {what}", terms, student, prompts=prompts, pairs=(0,), baseline=f"{name}_gold_only")
+    for name, title, student, prompts in (
+        ("few", "64 gold solutions, none slips", "eager_student", "train_few.jsonl"),
+        ("plain", "student and gold slip", "slipping_student", "train_slipping.jsonl"),
+    )
+    for arm, what, terms in (("gold_only", "gold only", GOLD_ONLY), ("stableopd", "StableOPD", ()))
 }
 # What is offered beyond the paper, token by token.
 OPTIONS = {
@@ -129,6 +139,7 @@ GROUPS = {
     "unsure_ends": UNSURE,
     "eager": EAGER,
     "slips": SLIPS,
+    "trials": TRIALS,
     "options": OPTIONS,
     "actions": ACTIONS,
 }

@@ -28,7 +28,7 @@ from examples.reproduction.problems import EOS, UNKNOWN, VOCABULARY, Problem, St
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 CONTEXT = 320  # tokens: the longest prompt with the longest solution
-HELDOUT, TRAIN = 256, 1280
+HELDOUT, TRAIN, FEW = 256, 1280, 64
 # What each set of solutions is like, and how many there are.
 TEACHER = Style(again=0.4, endless=0.08)
 BOUNDED_TEACHER = Style(again=0.4)
@@ -71,6 +71,7 @@ def make_data(pair: int) -> None:
     write(WORK / f"pair-{pair}" / "train.jsonl", train, GOLD, f"train {pair}")
     write(WORK / f"pair-{pair}" / "train_student_style.jsonl", train, STUDENT, f"train {pair}")
     write(WORK / f"pair-{pair}" / "train_slipping.jsonl", train, SLIPPING_GOLD, f"train {pair}")
+    write(WORK / f"pair-{pair}" / "train_few.jsonl", train[:FEW], GOLD, f"train {pair}")
 
 
 def make_model(name: str, pair: int) -> None:
