@@ -76,11 +76,18 @@ EAGER = {
     "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
     "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
 }
-# Students and gold solutions that slip, which the teacher does not. Chosen on pair 0 and frozen; then run on the others.
+# Students and gold solutions that slip, which the teacher does not. Chosen on pair 0 and frozen; then run on pair 1.
 SLIPS_RECIPE = ("loss.opd=reverse_kl", "loss.reference_kl=0.05", "optimizer.lr=6.0e-4", "optimizer.decay=cosine")
 GOLD_ONLY = ("mixture.student=0",)
 SLIPS = {
-    name: Arm(title, (*SLIPS_RECIPE, *terms), "slipping_student", prompts="train_slipping.jsonl", baseline="slips_gold_only")
+    name: Arm(
+        title,
+        (*SLIPS_RECIPE, *terms),
+        "slipping_student",
+        prompts="train_slipping.jsonl",
+        pairs=(0, 1),
+        baseline="slips_gold_only",
+    )
     for name, title, terms in (
         ("slips_gold_only", "gold only, no OPD", GOLD_ONLY),
         ("slips_opd", "OPD", OPD),

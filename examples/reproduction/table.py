@@ -71,7 +71,7 @@ def updated(earlier: Sequence[Row], rows: Sequence[Row], *keys: str) -> list[Row
 def models() -> list[Row]:
     """What the runs begin with."""
     rows = []
-    for name in ("teacher", "student", "slipping_student"):
+    for name in ("teacher", "student"):
         files = [WORK / f"pair-{pair}" / f"{name}.responses.jsonl" for pair in PAIRS]
         if all(file.exists() for file in files):
             rows.append({"name": name, **figures([read_responses(file) for file in files])})
@@ -199,7 +199,7 @@ def final_responses(name: str, pair: int) -> list[Response]:
 def models_table(rows: Sequence[Row]) -> str:
     lines = ["| model | accuracy | truncation | length | repeated 4-grams |", "|---|---|---|---|---|"]
     for each in rows:
-        lines.append(f"| {each['name'].replace('_', ' ')} | {_cells(each)} |")
+        lines.append(f"| {each['name']} | {_cells(each)} |")
     return "\n".join(lines)
 
 
