@@ -74,6 +74,7 @@ class StudentConfig(_Section):
     # Matrix products of the layers by Transformer Engine; null: in `dtype`. More of it by `megatron`: fp8_margin,
     # fp8_amax_history_len, first_last_layers_bf16, num_layers_at_start_in_bf16, ...
     fp8: Fp8Recipe | None = None
+    fp8_param: bool = False  # the weights of those products are held in FP8, beside fp32 masters; `current` and `blockwise`
     megatron: dict[str, Any] = {}  # native TransformerConfig fields, checked against the installed class
 
 

@@ -47,6 +47,7 @@ def check_combinations(config: Config) -> None:
             raise OpdError(f"{key}.api_key_file: {teacher.api_key_file}, but {key}.urls is empty; remove one or add the other")
     if config.reference is None and loss.reference_kl > 0 and mixture.student:
         raise OpdError(f"loss.reference_kl: {loss.reference_kl}, but reference is null; set loss.reference_kl=0 or a reference")
+    _check_fp8_param(config)
     _check_loss(config)
     _check_actions(config)
     _check_evaluation(config)
@@ -87,6 +88,33 @@ def check_combinations(config: Config) -> None:
     if config.student.init == "random" and (mixture.student or mixture.teacher):
         raise OpdError(
             "student.init: random weights cannot write useful rollouts; warm-start with mixture.student=0, teacher=0"
+        )
+
+
+def _check_fp8_param(config: Config) -> None:
+    """What Megatron's distributed optimizer can keep in FP8, and what of it leaves the weights right at every moment."""
+    student, optimizer = config.student, config.optimizer
+    if not student.fp8_param:
+        return
+    key = "student.fp8_param: true"
+    if student.fp8 is None:
+        raise OpdError(f"{key}, but student.fp8 is null; set student.fp8=current or student.fp8_param=false")
+    if student.fp8 == "delayed":
+        raise OpdError(
+            f"{key}, but with student.fp8=delayed weights are first held at a scale of 1, at which most of their digits are "
+            "lost; set student.fp8=current or student.fp8_param=false"
+        )
+    if student.fp8 == "mxfp8":
+        raise OpdError(
+            f"{key}, but with student.fp8=mxfp8 Megatron gathers weights through its gradient buffers, which is not supported; "
+            "set student.fp8=current or student.fp8_param=false"
+        )
+    if not optimizer.distributed:
+        raise OpdError(f"{key} needs the distributed optimizer; set optimizer.distributed=true or student.fp8_param=false")
+    if optimizer.overlap_param_gather:
+        raise OpdError(
+            f"{key}, but optimizer.overlap_param_gather leaves the transposed copies of FP8 weights as they were where weights "
+            "are exported or saved; set one of the two to false"
         )
 
 

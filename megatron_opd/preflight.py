@@ -22,7 +22,7 @@ from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
 from megatron_opd.mcore.families.family import window
 from megatron_opd.mcore.fast_paths import fast_paths, installed
-from megatron_opd.mcore.fp8 import check_fp8_platform
+from megatron_opd.mcore.fp8 import check_fp8_param_platform, check_fp8_platform
 from megatron_opd.mcore.frozen_fp8 import check_fp8
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
 from megatron_opd.mcore.model import ModelSpec, TransformerConfig, check_model_fp8, dtype_of, model_spec, transformer_config
@@ -108,7 +108,13 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
     student = HFFolder(resolve_model(config.student.model))
     student_spec = model_spec(student, parallel, "student")
     student_config = transformer_config(
-        student_spec, parallel, platform, dtype_of(config), config.student.megatron, fp8=config.student.fp8
+        student_spec,
+        parallel,
+        platform,
+        dtype_of(config),
+        config.student.megatron,
+        fp8=config.student.fp8,
+        fp8_param=config.student.fp8_param,
     )
     teachers, reference = _frozen_folders(config, student)
     served = frozenset(config.served_teachers) & frozenset(teachers)
@@ -160,6 +166,8 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
     for section, recipe in config.fp8.items():
         if section == "student" or section in models.frozen:
             check_fp8_platform(platform, recipe, section)
+    if config.student.fp8_param and config.student.fp8:
+        check_fp8_param_platform(platform, config.student.fp8)
     student, teachers, vocab_size = models.student, models.teachers, models.vocab_size
     found = {section: find_checkpoint(path, f"{section}.load") for section, path in config.megatron_checkpoints.items()}
     if config.student.init == "pretrained":

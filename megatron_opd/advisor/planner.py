@@ -193,6 +193,11 @@ def _notes(config: Config) -> tuple[str, ...]:
             if config.fp8
             else []
         ),
+        *(
+            ["student.fp8_param: weights are counted with the transposed copies that Hopper takes, two bytes each as in bf16"]
+            if config.student.fp8_param
+            else []
+        ),
         *(["float32: flash attention has none; without it activations are larger"] if dtype_of(config).itemsize > 2 else []),
         *(
             [f"recompute of {', '.join(by_te)}, which takes Transformer Engine: left out, activations are smaller"]

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import CheckpointWrite, RankWriter, checkpoint_name, read_state, root_cause
+from megatron_opd.mcore.fp8_weights import dequantized, without_fp8
 from megatron_opd.mcore.megatron_lm import CHECKPOINT_VERSION, arguments, check_readable, tensor_sizes
 from megatron_opd.mcore.model import ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
@@ -167,7 +168,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> TrainState:
 
 def _check_finite(trainer: Trainer, step: int) -> None:
     """Weights that are lost must not push good checkpoints out. Raises RunStopped on every rank alike."""
-    bad = sum(int(not torch.isfinite(parameter).all()) for parameter in trainer.parameters())
+    bad = sum(int(not torch.isfinite(dequantized(parameter)).all()) for parameter in trainer.parameters())
     total = torch.tensor(bad, device=trainer.device)
     dist.all_reduce(total)
     if total:
@@ -180,9 +181,10 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     layout = trainer.layout
     model = {key: chunk.sharded_state_dict() for key, chunk in zip(_model_keys(trainer), trainer.chunks, strict=True)}
     random_states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)  # finds weights in `model`
     return {
-        **model,
-        "optimizer": trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+        **without_fp8(model),
+        "optimizer": optimizer,
         "opt_param_scheduler": trainer.schedule.state_dict(),
         "random": ShardedObject(
             "random",

@@ -65,7 +65,9 @@ def fast_paths(config: Config, student: TransformerConfig, platform: Platform, f
     engine = no_gpu if not cuda else "Transformer Engine is not installed" if not layers else ""
     yield FastPath("Transformer Engine", layers, engine or str(found.transformer_engine))
     if config.fp8:
-        yield FastPath("FP8", True, ", ".join(f"{section} {recipe}" for section, recipe in config.fp8.items()))
+        held = " with its weights" if config.student.fp8_param else ""
+        asked = (f"{section} {recipe}{held if section == 'student' else ''}" for section, recipe in config.fp8.items())
+        yield FastPath("FP8", True, ", ".join(asked))
     else:
         yield FastPath("FP8", False, engine or "student.fp8, teacher.fp8 and reference.fp8 are null")
     cudnn = "cuDNN's, chosen by Transformer Engine; flash-attn is not installed"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -21,7 +23,7 @@ from megatron_opd.losses.objective import opd_term
 from megatron_opd.losses.shard import VocabShard
 from megatron_opd.losses.stop_class import StopClass
 from megatron_opd.mcore.fake_world import FAKE, fake_rank, shallow
-from megatron_opd.mcore.fp8 import without_tuning
+from megatron_opd.mcore.fp8 import fp8_weight_bytes, without_tuning
 from megatron_opd.mcore.frozen import build_frozen
 from megatron_opd.mcore.frozen_fp8 import fp8_bytes
 from megatron_opd.mcore.fused_stand_ins import FUSED_FIELDS, AttentionWork, fuse
@@ -129,10 +131,29 @@ def state_bytes(config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
         parameters = _storages([*trainer.parameters(), *trainer.parameter_buffers()])
         gradients = _storages(trainer.gradient_buffers())
         masters = _storages(trainer.optimizer_tensors(), besides=parameters)
+        fp8 = _fp8_bytes(config, spec, trainer.chunks)
         for each in trainer.optimizer.chained_optimizers:
             each.init_state_fn(each.optimizer)
         moments = _storages(trainer.optimizer_tensors(), besides={**parameters, **masters})
-        return StateBytes(*(sum(each.values()) for each in (parameters, gradients, masters, moments)))
+        sizes = (sum(each.values()) for each in (gradients, masters, moments))
+        return StateBytes(sum(parameters.values()) + fp8, *sizes)
+
+
+def _fp8_bytes(config: Config, spec: ModelSpec, chunks: Sequence[HiddenStateModel]) -> int:
+    """What the weights that are held in FP8 take beyond those of ``chunks``, which are plain."""
+    recipe, student = config.student.fp8, config.student
+    if recipe is None or not student.fp8_param:
+        return 0
+    native = transformer_config(spec, student.parallel, FAKE, dtype_of(config), student.megatron, fp8=recipe, fp8_param=True)
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    linear = [
+        module.weight
+        for layer in layers
+        if not is_first_last_bf16_layer(native, layer.layer_number - 1)
+        for module in layer.modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+    ]
+    return sum(fp8_weight_bytes(recipe, *weight.shape) - weight.nbytes for weight in linear)
 
 
 def chunk_layers(config: Config, spec: ModelSpec, rank: Rank) -> tuple[int, ...]:

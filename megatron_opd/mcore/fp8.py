@@ -1,6 +1,7 @@
 """FP8 matrix products by Transformer Engine: each recipe in Megatron's words, and what it asks of the GPU and of the sizes.
 
-Parameters, gradients, the embedding, the norms, attention and the LM head stay as they are without it.
+Gradients, the embedding, the norms, attention and the LM head stay as they are without it, and so do parameters, unless
+``student.fp8_param`` has those of the products in FP8.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class _Needs:
     capability: tuple[int, int]  # of the oldest GPU, as in _compute_*_support of transformer_engine/pytorch/quantization.py
     gpu: str
     transformer_engine: tuple[int, int]  # the oldest version, as in get_fp8_recipe of megatron-core 0.16.1 and 0.19.2
+    parameters: tuple[int, int] | None = None  # the oldest with this recipe in cast_master_weights_to_fp8; None: refused
 
 
 _HYBRID = {"fp8": "hybrid"}  # gradients in E5M2, whose range per-tensor scales need
@@ -27,16 +29,17 @@ _E4M3 = {"fp8": "e4m3"}  # everywhere: a scale for each block leaves no need of 
 _HISTORY = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
 _NEEDS: dict[Fp8Recipe, _Needs] = {
     "delayed": _Needs({**_HYBRID, **_HISTORY, "fp8_recipe": "delayed"}, (8, 9), "Ada or Hopper", (1, 8)),
-    "current": _Needs({**_HYBRID, "fp8_recipe": "tensorwise"}, (8, 9), "Ada or Hopper", (2, 2)),
-    "blockwise": _Needs({**_E4M3, "fp8_recipe": "blockwise"}, (9, 0), "Hopper", (2, 3)),
+    "current": _Needs({**_HYBRID, "fp8_recipe": "tensorwise"}, (8, 9), "Ada or Hopper", (2, 2), (2, 2)),
+    "blockwise": _Needs({**_E4M3, "fp8_recipe": "blockwise"}, (9, 0), "Hopper", (2, 3), (2, 4)),
     "mxfp8": _Needs({**_E4M3, "fp8_recipe": "mxfp8"}, (10, 0), "Blackwell", (2, 1)),
 }
+_BLOCK, _ROW_OF_SCALES, _SCALE = 128, 4, 4  # numbers on a side; scales to whose multiple a row is padded; bytes of each
 _MXFP8_BELOW = (12, 0)  # Transformer Engine has not all of its products on GPUs from here on
-# Of TransformerConfig: `student.fp8` decides these, or they change where the weights lie, which nothing here knows how to load.
+# Of TransformerConfig: `student.fp8` and `student.fp8_param` decide these, or nothing here knows what they do.
 _REFUSED = {
     "fp8": "set student.fp8",
     "fp8_recipe": "set student.fp8",
-    "fp8_param": "parameters stay in bf16; remove it",
+    "fp8_param": "set student.fp8_param",
     "fp8_quantizer_factory": "only the recipes of student.fp8 are supported; remove it",
     "fp4": "FP4 is not supported; remove it",
     "fp4_recipe": "FP4 is not supported; remove it",
@@ -46,9 +49,9 @@ _REFUSED = {
 _TUNING = ("fp8_", "first_last_layers_bf16", "num_layers_at_", "tp_only_amax_red", "moe_router_padding_for_")
 
 
-def fp8_fields(recipe: Fp8Recipe | None) -> dict[str, Any]:
-    """TransformerConfig fields, all of which but ``fp8`` and ``fp8_recipe`` are defaults."""
-    return {} if recipe is None else dict(_NEEDS[recipe].fields)
+def fp8_fields(recipe: Fp8Recipe | None, param: bool = False) -> dict[str, Any]:
+    """TransformerConfig fields, all of which but ``fp8``, ``fp8_recipe`` and ``fp8_param`` are defaults."""
+    return {} if recipe is None else {**_NEEDS[recipe].fields, "fp8_param": param}
 
 
 def check_native(native: dict[str, Any], recipe: Fp8Recipe | None) -> None:
@@ -109,6 +112,29 @@ def check_fp8_platform(platform: Platform, recipe: Fp8Recipe, section: str) -> N
             f"{key}: {recipe} needs {needs.gpu} (compute capability {_dotted(needs.capability)} or more{below}), but this "
             f"one has {_dotted(capability)}; set {key}={_instead(capability)}"
         )
+
+
+def check_fp8_param_platform(platform: Platform, recipe: Fp8Recipe) -> None:
+    """After :func:`check_fp8_platform`. Raises OpdError where Transformer Engine cannot update parameters in FP8."""
+    needed, version = _NEEDS[recipe].parameters, platform.transformer_engine_version()
+    assert needed is not None and version is not None
+    if version < needed:
+        raise OpdError(
+            f"student.fp8_param: true needs Transformer Engine {_dotted(needed)} with student.fp8={recipe}, but "
+            f"{_dotted(version)} is installed; update it or set student.fp8_param=false"
+        )
+
+
+def fp8_weight_bytes(recipe: Fp8Recipe, rows: int, columns: int) -> int:
+    """Of a weight [rows, columns] held in FP8 with the transposed copy that products of the backward take on Hopper.
+
+    Scales as in ``get_scale_shape`` of Transformer Engine's quantizers. On Blackwell "current" has no copy.
+    """
+    if recipe != "blockwise":
+        return 2 * rows * columns + _SCALE
+    down, across = -(-rows // _BLOCK), -(-columns // _BLOCK)
+    padded = down * _ROW_OF_SCALES * -(-across // _ROW_OF_SCALES) + across * _ROW_OF_SCALES * -(-down // _ROW_OF_SCALES)
+    return 2 * rows * columns + padded * _SCALE
 
 
 def _instead(capability: tuple[int, int]) -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_opd.mcore.fp8_weights import dequantized
 from megatron_opd.mcore.hf_mapping import LOCAL_EXPERT, by_tensors, entries, named_weights, stacked
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.sharding import Dimensions, Entry
@@ -107,7 +108,7 @@ class Export:
 
     def _gather(self, entry: Entry) -> list[Tensor]:
         """The shards of all tensor-parallel ranks; of an expert, which is whole on one rank, its owner's."""
-        parameter = self._weights[self._own_name(entry)].detach()
+        parameter = dequantized(self._weights[self._own_name(entry)])
         if entry.expert is not None:
             full = parameter.clone()
             owner = dist.get_global_rank(self._layout.ep, entry.expert // self._experts_here)

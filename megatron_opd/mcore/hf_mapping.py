@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD, family_of
+from megatron_opd.mcore.fp8_weights import fill
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.sharding import Dimensions, Entry
 from megatron_opd.types import OpdError
@@ -125,7 +126,7 @@ def load_weights(
         parameter = parameters.pop(entry.megatron)
         if shard.shape != parameter.shape:
             raise OpdError(f"{entry.megatron}: weights have shape {list(shard.shape)}, the model {list(parameter.shape)}")
-        parameter.copy_(shard)
+        fill(parameter, shard)
     if parameters:
         raise OpdError(
             f"{architecture}: no weights are mapped to {', '.join(parameters)}; its config has parts that are not supported"

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.mcore.checkpoint_files import LATEST, root_cause
 from megatron_opd.mcore.families import EMBEDDING, LM_HEAD
+from megatron_opd.mcore.fp8_weights import keep_unquantized, without_fp8
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.parallel import ParallelLayout
 from megatron_opd.mcore.rotary import rope_parameters
@@ -192,14 +193,16 @@ def content_metadata(path: Path) -> dict[str, object]:
 def load_megatron_lm(chunks: Sequence[HiddenStateModel], path: Path, key: str) -> None:
     """Weights alone, from whatever layout they were saved in. Collective over the world. Raises OpdError."""
     metadata = content_metadata(path)
-    wanted = {f"model{number}": sharded_weights(chunk, metadata) for number, chunk in enumerate(chunks)}
+    wanted = {f"model{number}": without_fp8(sharded_weights(chunk, metadata)) for number, chunk in enumerate(chunks)}
     try:
         loaded = dist_checkpointing.load(wanted, str(path))
         for number, chunk in enumerate(chunks):
-            missing, unexpected = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+            weights = loaded[f"model{number}"]
+            missing, unexpected = chunk.load_state_dict(weights, strict=False)
             absent = [name for name in [*missing, *unexpected] if not _is_extra(name)]
             if absent:
                 raise OpdError(f"{key}: {path} and the model differ in {absent[0]}; give the checkpoint of that model")
+            keep_unquantized(chunk.named_parameters(), weights)
     except (Exception, CheckpointException) as error:  # Megatron and torch raise many kinds
         if isinstance(error, OpdError):
             raise

@@ -187,6 +187,7 @@ def transformer_config(
     native: dict[str, Any],
     section: str = "student",
     fp8: Fp8Recipe | None = None,
+    fp8_param: bool = False,
 ) -> TransformerConfig:
     """Megatron's config. ``native`` are the user's own TransformerConfig fields; those that say what is computed are refused.
 
@@ -236,7 +237,7 @@ def transformer_config(
             _check_all_to_all(dims, parallel, section)
     check_native(native, fp8)
     defaults = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_softmax_in_fp32": True, **platform.config_flags()}
-    defaults |= fp8_fields(fp8)
+    defaults |= fp8_fields(fp8, fp8_param)
     if latent:
         defaults["apply_rope_fusion"] = False  # has YaRN alone, from cosines in the parameters' precision
     known = {field.name for field in dataclasses.fields(config_class)}

@@ -29,6 +29,7 @@ def build_optimizer(ddp: Sequence[DistributedDataParallel], config: OptimizerCon
             params_dtype=model.params_dtype,
             use_distributed_optimizer=config.distributed,
             clip_grad=config.clip_grad,
+            fp8_recipe=model.fp8_recipe if model.fp8_param else None,
             overlap_param_gather=config.overlap_param_gather,
         ),
         list(ddp),

@@ -76,7 +76,9 @@ class Platform:
         fused = self.transformer_engine
         return {
             "use_cpu_initialization": not fused,
-            "gradient_accumulation_fusion": False,  # needs apex; TE accumulates by itself
+            # Megatron's own layers, of which the LM head is one, would need apex. Without it Transformer Engine's return their
+            # weights' gradients too, and DDP adds them up.
+            "gradient_accumulation_fusion": False,
             "bias_activation_fusion": fused,
             "bias_dropout_fusion": fused,
             "apply_rope_fusion": fused,

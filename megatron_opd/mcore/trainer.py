@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from megatron_opd.config import OptimizerConfig
 from megatron_opd.losses import distillation_loss, student_support, top_k_overlap
+from megatron_opd.mcore.fp8_weights import forget_unquantized, memory
 from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.offload import Waiting, offloaded
@@ -80,6 +81,7 @@ class Trainer:
                     overlap_grad_reduce=optimizer.overlap_grad_reduce,
                     overlap_param_gather=optimizer.overlap_param_gather,
                     bucket_size=optimizer.bucket_size,
+                    fp8_param_gather=chunk.config.fp8_param,
                 ),
                 chunk,
                 disable_bucketing=number > 0,  # as in Megatron-LM: only the first chunk's reduction is on the critical path
@@ -87,11 +89,13 @@ class Trainer:
             )
             for number, chunk in enumerate(self.chunks)
         ]
-        for ddp in self.ddp:
-            ddp.broadcast_params()
-        self.optimizer = build_optimizer(self.ddp, optimizer)
-        self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
         config = self.chunks[0].config  # the chunks share it
+        if not config.fp8_param:  # whose tensors no collective fills in place; every rank has read the same weights
+            for ddp in self.ddp:
+                ddp.broadcast_params()
+        self.optimizer = build_optimizer(self.ddp, optimizer)
+        forget_unquantized(self.parameters())
+        self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
         config.finalize_model_grads_func = sum_gradients
         config.grad_scale_func = self.optimizer.scale_loss
         self.gathers_late = optimizer.overlap_param_gather
@@ -246,7 +250,7 @@ class Trainer:
             yield
             return
         self.complete_parameters()
-        with offloaded(self.parameters(), (), self.platform) as self._waiting:
+        with offloaded(memory(self.parameters()), (), self.platform) as self._waiting:
             try:
                 with offloaded(self.optimizer_tensors(), self.gradient_buffers(), self.platform):
                     yield
