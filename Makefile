@@ -1,7 +1,7 @@
 # make demo    set up, then distil a tiny model end to end
 # make test    set up, then run the tests; test-slow: the long matrices, test-exhaustive: all of them; test-mcore-0.19: what touches Megatron, against 0.19.2
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
-# make test-fp8-recipes    the FP8 recipes, with Transformer Engine's own recipe objects, without a GPU
+# make test-fp8-recipes    FP8 with Transformer Engine's own recipe objects and tensors, without a GPU
 # make gpu-suite    tests/gpu and benchmarks on one GPU in under ten minutes; the report: runs/gpu-suite.md
 # make check   lint, format, types, layers
 #
@@ -100,7 +100,7 @@ $(TE)/.installed: $(INSTALLED)
 	@touch $@
 
 test-fp8-recipes: $(TE)/.installed
-	$(BIN)/python -m pytest tests/mcore/test_fp8.py $(ARGS)
+	$(BIN)/python -m pytest tests/mcore/test_fp8.py tests/mcore/test_fp8_weights.py $(ARGS)
 
 gpu-suite: $(INSTALLED)
 	$(BIN)/python tools/gpu_suite.py $(ARGS)

@@ -28,20 +28,14 @@ def fill(weight: Tensor, values: Tensor) -> None:
 
 
 def keep_unquantized(weights: Iterable[tuple[str, Tensor]], values: Mapping[str, Tensor]) -> None:
-    """For the optimizer that is yet to be built: its master weights are ``values``, not what is left of them in FP8.
+    """For the optimizer that is yet to be built: its masters are ``values``, not what is left of them in FP8.
 
-    ``weights``: with their names. Transformer Engine keeps for the masters what a weight had when it was made: random numbers.
+    ``weights``: with their names. Transformer Engine keeps for the masters, in host memory up to the first step, what a weight
+    had when it was made: random numbers.
     """
     for name, weight in weights:
         if is_float8tensor(weight):
             weight.get_high_precision_init_val().copy_(values[name])  # type: ignore[attr-defined]
-
-
-def forget_unquantized(weights: Iterable[Tensor]) -> None:
-    """Once the optimizer has its masters: Megatron forgets those that it took, on each rank its own shard's alone."""
-    for weight in weights:
-        if is_float8tensor(weight):
-            weight.clear_high_precision_init_val()  # type: ignore[attr-defined]
 
 
 def memory(weights: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from megatron_opd.config import OptimizerConfig
 from megatron_opd.losses import distillation_loss, student_support, top_k_overlap
-from megatron_opd.mcore.fp8_weights import forget_unquantized, memory
+from megatron_opd.mcore.fp8_weights import memory
 from megatron_opd.mcore.hf_export import Export
 from megatron_opd.mcore.model import HiddenStateModel, ModelSpec
 from megatron_opd.mcore.offload import Waiting, offloaded
@@ -94,7 +94,6 @@ class Trainer:
             for ddp in self.ddp:
                 ddp.broadcast_params()
         self.optimizer = build_optimizer(self.ddp, optimizer)
-        forget_unquantized(self.parameters())
         self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
         config.finalize_model_grads_func = sum_gradients
         config.grad_scale_func = self.optimizer.scale_loss

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from megatron_opd.config import Fp8Recipe
-from megatron_opd.mcore.fp8 import check_fp8_platform
+from megatron_opd.mcore.fp8 import check_fp8_param_platform, check_fp8_platform
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError
 from tests.conftest import Table
-from tests.gpu.one_rank import alone, backend_and_sum, losses
+from tests.gpu.one_rank import HeldInFp8, alone, backend_and_sum, held_in_fp8, losses
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_engine = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="no Transformer Engine")
 STEPS = 50
+HELD: tuple[Fp8Recipe, ...] = ("current", "blockwise")  # of which weights can be held in FP8
 BOUND = 0.1  # of bf16's fall over the steps: mean |gap| of a step's loss; ours, before any GPU has run it
 
 
@@ -60,17 +61,37 @@ def test_both_layer_specs_begin_alike(models: tuple[Path, Path], in_bf16: list[f
     assert in_bf16[-1] < in_bf16[0]
 
 
-@needs_engine
-@pytest.mark.parametrize("recipe", get_args(Fp8Recipe))
-def test_loss_gap_of_fp8_to_bf16(models: tuple[Path, Path], in_bf16: list[float], table: Table, recipe: Fp8Recipe) -> None:
+def skip_without(recipe: Fp8Recipe, *, weights: bool) -> None:
     try:
         check_fp8_platform(Platform.detect(), recipe, "student")
+        if weights:
+            check_fp8_param_platform(Platform.detect(), recipe)
     except OpdError as error:
         pytest.skip(str(error))
+
+
+@needs_engine
+@pytest.mark.parametrize("recipe", HELD)
+def test_weights_held_in_fp8(models: tuple[Path, Path], tmp_path: Path, recipe: Fp8Recipe) -> None:
+    """Masters are what was read; exports, hence weight sync, what Transformer Engine holds; a checkpoint brings it back."""
+    skip_without(recipe, weights=True)
+    assert alone(held_in_fp8, *models, tmp_path, recipe) == HeldInFp8([], [], [], [], [])
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("recipe", "weights"), [*((each, False) for each in get_args(Fp8Recipe)), *((each, True) for each in HELD)]
+)
+def test_loss_gap_of_fp8_to_bf16(
+    models: tuple[Path, Path], in_bf16: list[float], table: Table, recipe: Fp8Recipe, weights: bool
+) -> None:
+    skip_without(recipe, weights=weights)
     frozen: Fp8Recipe = "current" if recipe == "delayed" else recipe
-    found = alone(partial(losses, transformer_engine=True, fp8=recipe, frozen_fp8=frozen), *models, STEPS, torch.bfloat16)
+    train = partial(losses, transformer_engine=True, fp8=recipe, fp8_param=weights, frozen_fp8=frozen)
+    found = alone(train, *models, STEPS, torch.bfloat16)
     gaps = [abs(one - other) for one, other in zip(found, in_bf16, strict=True)]
     mean = sum(gaps) / STEPS
-    table.add(f"FP8's loss gap to bf16 over {STEPS} steps, nats: mean, last", recipe, f"{mean:.4f}, {gaps[-1]:.4f}")
+    row = f"{recipe}, weights too" if weights else recipe
+    table.add(f"FP8's loss gap to bf16 over {STEPS} steps, nats: mean, last", row, f"{mean:.4f}, {gaps[-1]:.4f}")
     assert found != in_bf16
     assert mean < BOUND * (in_bf16[0] - in_bf16[-1])

@@ -82,7 +82,7 @@ def test_first_and_last_layers_in_bf16(model: Path) -> None:
     [
         (None, {"fp8": "hybrid"}, ["student.megatron.fp8: 'hybrid'", "set student.fp8"]),
         ("current", {"fp8_recipe": "delayed"}, ["student.megatron.fp8_recipe: 'delayed'", "set student.fp8"]),
-        ("current", {"fp8_param": True}, ["student.megatron.fp8_param: True", "remove it"]),
+        ("current", {"fp8_param": True}, ["student.megatron.fp8_param: True", "set student.fp8_param"]),
         (None, {"fp4": "e2m1"}, ["student.megatron.fp4: 'e2m1'", "remove it"]),
         (None, {"fp8_margin": 1}, ["student.megatron.fp8_margin: 1", "set student.fp8"]),
         ("delayed", {"first_last_layers_bf16": True}, ["student.megatron.first_last_layers_bf16", "student.fp8=current"]),

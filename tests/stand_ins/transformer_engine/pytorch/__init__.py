@@ -49,6 +49,7 @@ class Linear(_WithState):
         super().__init__()
         rows, columns = _local(out_features, in_features, parallel_mode, tp_size)
         self.in_features, self.out_features, self.use_bias, self.parallel_mode = columns, rows, bias, parallel_mode
+        self.save_original_input = False  # Megatron sets it under FP8
         self.weight = Parameter(torch.zeros(rows, columns, dtype=params_dtype))
         if bias:
             self.bias = Parameter(torch.zeros(rows, dtype=params_dtype))
@@ -128,9 +129,17 @@ class LayerNorm(RMSNorm):
 
 
 class DotProductAttention(_WithState):
-    """Without parameters, unless each head learns a term of the softmax's sum: ``softmax_offset`` [heads / tp]."""
+    """Without parameters, unless each head learns a term of the softmax's sum: ``softmax_offset`` [heads / tp].
+
+    State that is missing in a checkpoint is not missed.
+    """
 
     def __init__(self, num_attention_heads: int, *_: Any, softmax_type: str = "vanilla", tp_size: int = 1, **__: Any) -> None:
         super().__init__()
         if softmax_type == "learnable":
             self.softmax_offset = Parameter(torch.zeros(num_attention_heads // tp_size))
+        self.register_load_state_dict_post_hook(_forget_missing_state)
+
+
+def _forget_missing_state(_: Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith("core_attention._extra_state")]
