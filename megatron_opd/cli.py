@@ -101,6 +101,7 @@ def _add_plan_options(command: argparse.ArgumentParser) -> None:
         "--gpu", choices=("h100", "h200", "b200", "cpu"), required=True, help="cpu: to calibrate by runs on CPU"
     )
     command.add_argument("--reserve", metavar="5GB", help="of a GPU's memory, for CUDA context, NCCL and fragmentation")
+    command.add_argument("--host-memory", metavar="2TB", help="of a node: say whether what waits there fits")
     command.add_argument("--prompt-tokens", metavar="N", type=int, help="on average")
     command.add_argument("--response-tokens", metavar="N", type=int, help="on average; default: half of max_new_tokens")
     command.add_argument("--json", metavar="FILE", help="write all figures there, weights name by name")
@@ -211,6 +212,7 @@ def _plan(options: argparse.Namespace) -> int:
         gpus_per_node=options.gpus_per_node,
         gpu=options.gpu,
         reserve=options.reserve,
+        host_memory=options.host_memory,
         lengths=Lengths(options.prompt_tokens, options.response_tokens),
         json=options.json,
         timeline=options.timeline,

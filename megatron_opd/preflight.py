@@ -195,11 +195,8 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
         check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
         if config.rollout.placement == "colocated":
             check_colocated(config, world_size)
-        elif platform.device.type == "cuda" and not config.rollout.sglang.get("base_gpu_id"):
-            raise OpdError(
-                "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
-                "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
-            )
+        elif platform.device.type == "cuda":
+            check_apart(config)
     check_not_student(config, student, teachers, found)
     tokenizer = load_tokenizer(student.path)
     folders = (*teachers.values(), *([models.reference] if models.reference else []))
@@ -312,6 +309,15 @@ def check_colocated(config: Config, world_size: int) -> None:
         raise OpdError(
             f"rollout.engines: {config.rollout.engines} servers of rollout.tp={config.rollout.tp} are {engine_ranks} ranks, "
             f"but the training has {world_size}; with placement=colocated set them equal"
+        )
+
+
+def check_apart(config: Config) -> None:
+    """Servers beside the training have GPUs of their own."""
+    if not config.rollout.sglang.get("base_gpu_id"):
+        raise OpdError(
+            "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
+            "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
         )
 
 

@@ -128,7 +128,7 @@ def _run(
 
         record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
         record |= {"mixture/reference_kl": objective.reference_kl, "mixture/gold_weight": objective.gold_weight}
-        record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens)}
+        record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens), "ranks": dist.get_world_size()}
         record |= system.engine.figures() if system.engine else {}
         record |= system.teacher.figures() if system.teacher else {}
         record |= sync.figures() if sync else {}

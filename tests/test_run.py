@@ -47,6 +47,7 @@ def test_a_report_of_the_run_reads_everything_that_it_wrote(uninterrupted: tuple
     aside = {
         "packing/padding",
         "policy_version",
+        "ranks",
         "time/step",
         "eval/teacher_accuracy",
         "eval/unverified",

@@ -99,6 +99,11 @@ class Plan:
     classes: list[RankClass]
     notes: tuple[str, ...]  # what the figures take for granted of this config
 
+    def host(self, per_node: int) -> int:
+        """Bytes that wait in the host memory of the fullest node, of ``per_node`` ranks each in their order."""
+        ranks = [each.host for each in self.classes for _ in range(each.ranks)]
+        return max(sum(ranks[first : first + per_node]) for first in range(0, len(ranks), per_node))
+
     @property
     def largest(self) -> RankClass:
         return max(self.classes, key=lambda each: each.peak)

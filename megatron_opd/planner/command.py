@@ -18,15 +18,15 @@ from megatron_opd.mcore.work import stage_tensors
 from megatron_opd.planner.alternatives import alternatives
 from megatron_opd.planner.calibrate import MeasuredRun, calibration, measured_run, predicted
 from megatron_opd.planner.engines import engine_gpus
-from megatron_opd.planner.hardware import GPUS, NEVER, Assumption, Efficiencies, assumptions
+from megatron_opd.planner.hardware import GPUS, NEVER, Assumption, assumptions
 from megatron_opd.planner.mean_step import Lengths
 from megatron_opd.planner.outcome import Outcome
 from megatron_opd.planner.rank_steps import PlannedStep, StepPlanner
 from megatron_opd.planner.render import render, render_calibration, render_error
 from megatron_opd.planner.resharding import Resharding, reshard
 from megatron_opd.planner.seconds import Rig, StepSeconds, step_seconds
-from megatron_opd.planner.timeline import check_ending, write_timeline
-from megatron_opd.preflight import check_colocated
+from megatron_opd.planner.timeline import check_timeline, write_timeline
+from megatron_opd.preflight import check_apart, check_colocated
 from megatron_opd.types import OpdError
 
 
@@ -40,6 +40,7 @@ class Asked:
     gpus_per_node: int
     gpu: str
     reserve: str | None
+    host_memory: str | None  # of a node
     lengths: Lengths
     json: str | None
     timeline: str | None
@@ -50,11 +51,15 @@ class Asked:
 def plan(asked: Asked) -> bool:
     """Print the plan; whether the memory is enough. Of the models only config.json is read. Raises OpdError for bad input."""
     gpus = _positive("--nodes", asked.nodes) * _positive("--gpus-per-node", asked.gpus_per_node)
-    gpu, rates = GPUS[asked.gpu], Efficiencies()
+    gpu = GPUS[asked.gpu]
     if asked.against is not None and asked.calibrate is None:
         raise OpdError(f"--against: {asked.against}, but there is no --calibrate; give the run to calibrate by")
+    host_memory = None if asked.host_memory is None else parse_bytes("--host-memory", asked.host_memory)
     if asked.timeline is not None:
-        check_ending(asked.timeline)
+        check_timeline(asked.timeline)
+    for option, file in (("--timeline", asked.timeline), ("--json", asked.json)):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise OpdError(f"{option}: {file} cannot be written, there is no such folder; make it, or name another file")
     kept_free = Reserve() if asked.reserve is None else Reserve(parse_bytes("--reserve", asked.reserve), 0)
     available = gpu.memory - kept_free.of(gpu.memory)
     if available <= 0:
@@ -64,7 +69,7 @@ def plan(asked: Asked) -> bool:
         return load_config(asked.config, [*asked.overrides, *changes])
 
     def predict(run: MeasuredRun, factors: Mapping[str, float]) -> StepSeconds:
-        return predicted(run, gpu, rates, factors, asked.gpus_per_node)
+        return predicted(run, gpu, factors, asked.gpus_per_node)
 
     factors: dict[str, float] = {}
     if asked.calibrate is not None:
@@ -75,7 +80,7 @@ def plan(asked: Asked) -> bool:
         held_out = measured_run("--against", asked.against)
         print(render_error(held_out, predict(held_out, factors)), end="\n\n")
 
-    rig = Rig(gpu, rates, asked.gpus_per_node, factors)
+    rig = Rig(gpu, gpu.rates, asked.gpus_per_node, factors)
     planner = StepPlanner(Planner(torch.device("cuda"), "fused", gpu.memory), asked.lengths)
     config = load(())
     own = _planned(planner, config, gpus)
@@ -89,10 +94,11 @@ def plan(asked: Asked) -> bool:
         plan=own,
         rig=rig,
         available=available,
+        host_memory=host_memory,
         seconds=seconds,
         resharding=_resharding(own),
         alternatives=alternatives(config, load, timed),
-        assumptions=[*_of_lengths(own, asked.lengths), *_of_factors(factors, asked.calibrate), *assumptions(gpu, rates)],
+        assumptions=[*_of_lengths(own, asked.lengths), *_of_factors(factors, asked.calibrate), *assumptions(gpu)],
     )
     print(render(outcome))
     if asked.json is not None:
@@ -111,8 +117,11 @@ def _planned(planner: StepPlanner, config: Config, gpus: int, up_to: float = flo
             f"--nodes: {gpus} GPUs, but the engines alone have {gpus - ranks} (rollout.engines or rollout.urls x rollout.tp); "
             "give more nodes"
         )
-    if config.starts_servers and config.rollout.placement == "colocated":
-        check_colocated(config, ranks)
+    if config.starts_servers:
+        if config.rollout.placement == "colocated":
+            check_colocated(config, ranks)
+        else:
+            check_apart(config)
     return planner.plan(config, ranks, up_to=up_to)
 
 

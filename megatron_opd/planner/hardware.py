@@ -6,32 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Rates are per second and GPU; links count one direction."""
-
-    name: str
-    memory: int  # bytes
-    flops: float  # bf16 matrix products with fp32 accumulation, without sparsity
-    memory_bytes: float
-    nvlink_bytes: float
-    network_bytes: float
-    host_bytes: float  # to and from host memory
-    source: str
-
-
-_DGX_H = "NVIDIA's data sheets of the {} (SXM) and the DGX {}: NVLink 900 GB/s both ways, one 400 Gb/s port a GPU, PCIe 5 x16"
-GPUS = {
-    "h100": Gpu("H100", 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9, 64e9, _DGX_H.format("H100", "H100")),
-    "h200": Gpu("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 64e9, _DGX_H.format("H200", "H200")),
-    "b200": Gpu(
-        *("B200", 180 * 10**9, 2250e12, 7.7e12, 900e9, 50e9, 64e9),
-        "NVIDIA's data sheets of the HGX B200 and DGX B200: NVLink 1.8 TB/s both ways, one 400 Gb/s port a GPU, PCIe 5 x16",
-    ),
-    # One core of a laptop or server, for --calibrate with CPU runs, whose measured seconds replace these.
-    "cpu": Gpu("CPU core", 8 * 10**9, 50e9, 10e9, 1e9, 0.1e9, 10e9, "assumed, never validated; orders of magnitude"),
-}
 NEVER = "assumed, never validated"
 
 
@@ -48,6 +22,34 @@ class Efficiencies:
     call: float = 15e-6  # seconds of a collective beside its bytes
     decoding_step: float = 2e-3  # seconds of an engine beside its memory, products and collectives
     request: float = 0.2  # seconds of a step's engine calls: requests, waking, flushing, versions
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates are per second and GPU; links count one direction."""
+
+    name: str
+    memory: int  # bytes
+    flops: float  # bf16 matrix products with fp32 accumulation, without sparsity
+    memory_bytes: float
+    nvlink_bytes: float
+    network_bytes: float
+    host_bytes: float  # to and from host memory
+    source: str
+    rates: Efficiencies = Efficiencies()
+
+
+_DGX_H = "NVIDIA's data sheets of the {} (SXM) and the DGX {}: NVLink 900 GB/s both ways, one 400 Gb/s port a GPU, PCIe 5 x16"
+GPUS = {
+    "h100": Gpu("H100", 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9, 64e9, _DGX_H.format("H100", "H100")),
+    "h200": Gpu("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 64e9, _DGX_H.format("H200", "H200")),
+    "b200": Gpu(
+        *("B200", 180 * 10**9, 2250e12, 7.7e12, 900e9, 50e9, 64e9),
+        "NVIDIA's data sheets of the HGX B200 and DGX B200: NVLink 1.8 TB/s both ways, one 400 Gb/s port a GPU, PCIe 5 x16",
+    ),
+    # One core of a laptop or server, for --calibrate with CPU runs, whose measured seconds replace these.
+    "cpu": Gpu("CPU core", 8 * 10**9, 50e9, 10e9, 1e9, 0.1e9, 10e9, "assumed, never validated; orders of magnitude"),
+}
 
 
 class Assumption(NamedTuple):
@@ -69,11 +71,11 @@ _WHAT = {
 }
 
 
-def assumptions(gpu: Gpu, rates: Efficiencies) -> Iterator[Assumption]:
+def assumptions(gpu: Gpu) -> Iterator[Assumption]:
     peaks = (
         f"{gpu.flops / 1e12:g} TFLOP/s bf16, {gpu.memory / 1e9:g} GB at {gpu.memory_bytes / 1e12:g} TB/s, NVLink "
         f"{gpu.nvlink_bytes / 1e9:g}, network {gpu.network_bytes / 1e9:g}, host {gpu.host_bytes / 1e9:g} GB/s one way"
     )
     yield Assumption(gpu.name, peaks, gpu.source)
-    for each in fields(rates):
-        yield Assumption(_WHAT[each.name], f"{vars(rates)[each.name]:g}", NEVER)
+    for each in fields(gpu.rates):
+        yield Assumption(_WHAT[each.name], f"{vars(gpu.rates)[each.name]:g}", NEVER)

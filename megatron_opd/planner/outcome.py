@@ -33,6 +33,7 @@ class Outcome:
     plan: PlannedStep
     rig: Rig
     available: int  # bytes of a GPU, without the reserve
+    host_memory: int | None  # bytes of a node; None: unknown
     seconds: StepSeconds
     resharding: Resharding | None
     alternatives: Sequence[Alternative]
@@ -40,7 +41,13 @@ class Outcome:
 
     @property
     def fits(self) -> bool:
-        return self.plan.memory.peak <= self.available
+        beside = self.host_memory is None or self.host <= self.host_memory
+        return self.plan.memory.peak <= self.available and beside
+
+    @property
+    def host(self) -> int:
+        """Bytes that wait in the host memory of the fullest node."""
+        return self.plan.memory.host(self.rig.per_node)
 
     @property
     def gpus(self) -> int:
@@ -95,6 +102,8 @@ class Outcome:
             "fits": self.fits,
             "memory": {
                 "available": self.available,
+                "host": self.host,
+                "host_memory": self.host_memory,
                 "ranks": [
                     {**asdict(each), "phases": each.phases, "peak": each.peak, "host": each.host}
                     for each in plan.memory.classes

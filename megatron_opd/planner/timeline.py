@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,20 +37,17 @@ def bars(seconds: StepSeconds) -> Iterator[Bar]:
             start[lane] += length
 
 
-def check_ending(file: str) -> None:
-    """Raises OpdError where no picture has that."""
+def check_timeline(file: str) -> None:
+    """Raises OpdError where no picture ends so, and without matplotlib."""
     if not file.endswith(_ENDINGS):
         raise OpdError(f"--timeline: {file} ends in neither {' nor '.join(_ENDINGS)}; name one that does")
+    if find_spec("matplotlib") is None:
+        raise OpdError("--timeline: matplotlib is not installed; pip install 'megatron-opd[report]', or leave --timeline out")
 
 
 def write_timeline(seconds: StepSeconds, title: str, file: Path) -> None:
-    """Raises OpdError without matplotlib, and where the file cannot be written."""
-    try:
-        figure = import_module("matplotlib.figure").Figure(figsize=(10, 2.6), layout="constrained")
-    except ImportError as error:
-        raise OpdError(
-            "--timeline: matplotlib is not installed; pip install 'megatron-opd[report]', or leave --timeline out"
-        ) from error
+    """Raises OpdError where the file cannot be written."""
+    figure = import_module("matplotlib.figure").Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.add_subplot()
     lanes = ("training", "engines")
     named: set[str] = set()
@@ -66,6 +64,7 @@ def write_timeline(seconds: StepSeconds, title: str, file: Path) -> None:
             alpha=1.0 if number % 2 else 0.75,
             edgecolor="white",
             label=label,
+            gid=f"{bar.phase}: {bar.part}",  # the element's id in an SVG
         )
         if bar.length > _LABELLED * seconds.step:
             axes.text(bar.start + bar.length / 2, at, bar.part, ha="center", va="center", fontsize=7, color="white")

@@ -34,6 +34,7 @@ class RealBytes:
     live: int  # of everything that the step made, at the most
     frozen: int
     head: int
+    waiting: int  # the frozen model's hidden states, before the step
 
 
 def build(tree: dict[str, Any]) -> tuple[Config, Trainer, FrozenModel]:
@@ -76,6 +77,7 @@ def step_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -
     shares = make_shares(config, lengths, microbatches, layout.dp_size, trainer.spec.dims.vocab_size)
     batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
     scores = MegatronScorer(frozen).score(shares)
+    waiting = sum(score.hidden.nbytes for score in scores if score.hidden is not None)
     saved, live = run_step(trainer, batches, scores, [*parameters, *gradients])
     return RealBytes(
         parameters=storage_bytes(parameters),
@@ -85,6 +87,7 @@ def step_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -
         live=live,
         frozen=storage_bytes(frozen.parameters()),
         head=0 if frozen.lm_head is None else frozen.lm_head.nbytes,
+        waiting=waiting,
     )
 
 

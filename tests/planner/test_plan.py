@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.distributed_c10d import GroupName
 
 from megatron_opd import cli
 from megatron_opd.advisor.planner import Planner
+from megatron_opd.advisor.render import table, wrapped
 from megatron_opd.config import ParallelConfig
 from megatron_opd.config_file import load_config
 from megatron_opd.mcore.collectives import Kind, group_names
@@ -23,6 +25,8 @@ from megatron_opd.planner.links import Span
 from tests.advisor.configs import LLAMA_70B, write_config_json
 from tests.conftest import Table
 
+HEADER = ["rank class", "ranks", "params", "grads", "optimizer", "activations", "work", "loss", "frozen", "engine"]
+DOCS = Path(__file__).parents[2] / "docs/plan.md"
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -77,10 +81,14 @@ def test_memory_is_the_advisors_and_parts_add_up(tmp_path: Path, capsys: pytest.
     file, out = write(tmp_path), tmp_path / "plan.json"
     assert cli.main(["plan", str(file), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "h100", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 200 and "assumed, never validated" in printed
+    assert max(map(len, printed.splitlines())) <= 110 and "assumed, never validated" in printed
     found = json.loads(out.read_text())
+    documented = DOCS.read_text().split("The JSON's keys: ")[1].split("\n\n")[0]
+    assert list(found) == re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", documented))
     memory = Planner(torch.device("cuda"), "fused", 80 * 10**9).plan(load_config(file), 8)
     assert [each["peak"] for each in found["memory"]["ranks"]] == [each.peak for each in memory.classes]
+    first, last = memory.classes  # of four ranks each, a node of four for either
+    assert found["memory"]["host"] == 4 * last.host and last.host == last.waiting > first.host == 0
     phases = {name: sum(parts.values()) for name, parts in found["seconds"]["phases"].items()}
     assert sum(phases.values()) == pytest.approx(found["seconds"]["step"])
     crossing = {(row["phase"], row["group"]): row["span"]["crosses"] for row in found["traffic"]}
@@ -102,7 +110,14 @@ def test_memory_is_the_advisors_and_parts_add_up(tmp_path: Path, capsys: pytest.
         (["--nodes", "1", "student.parallel.tp=16"], "student"),
         (["--nodes", "1", "--response-tokens", "1000"], "--response-tokens: 1000"),
         (["--nodes", "1", "--against", "nothing"], "--against: nothing, but there is no --calibrate"),
-        (["--nodes", "1", "--timeline", "step.gif"], "--timeline"),
+        (["--nodes", "1", "--timeline", "step.gif"], "--timeline: step.gif ends in neither"),
+        (
+            ["--nodes", "1", "--timeline", "none/step.svg"],
+            "--timeline: none/step.svg cannot be written, there is no such folder",
+        ),
+        (["--nodes", "1", "--json", "none/plan.json"], "--json: none/plan.json cannot be written, there is no such folder"),
+        (["--nodes", "1", "--host-memory", "much"], "--host-memory: 'much' is not an amount of memory"),
+        (["--nodes", "2", "rollout.placement=disaggregated"], "rollout.sglang.base_gpu_id: not set"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -114,10 +129,30 @@ def test_what_would_fail_on_the_cluster_fails_here(
     assert message in error and error.count("\n") == 1
 
 
-def test_too_little_memory_is_exit_code_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--nodes", "1", "--gpu", "h100", "--reserve", "74GiB"]
-    assert cli.main(["plan", str(write(tmp_path)), *options]) == 1
-    assert "does not fit" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--reserve", "74GiB"), "GiB too much; `megatron-opd check`"),
+        (("--host-memory", "1MB"), "wait in a node's host memory, beside the processes, but --host-memory has 0.00"),
+    ],
+    ids=str,
+)
+def test_too_little_memory_is_exit_code_one(
+    option: tuple[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(write(tmp_path)), "--nodes", "1", "--gpu", "h100", *option]) == 1
+    printed = capsys.readouterr().out
+    assert said in " ".join(printed.split()) and "does not fit: " in printed
+    assert max(map(len, printed.splitlines())) <= 110
+
+
+def test_long_lines_are_broken() -> None:
+    name, figures = "pp 10/16, teachers.mathematics pp 3/8, reference pp 1/4", [f"{number:.2f}" for number in range(9)]
+    lines = table(HEADER, [[name, *figures], ["pp 0/16", *figures]])
+    assert max(map(len, lines)) <= 110
+    assert [line.split()[-9:] for line in (lines[1], lines[-1])] == [figures, figures]
+    assert "".join(line[: lines[0].index("ranks")].strip() + " " for line in lines[1:-1]).split() == name.split()
+    assert wrapped("word " * 30, hang=7) == ["word " * 21 + "word", " " * 7 + "word " * 7 + "word"]
 
 
 @pytest.mark.exhaustive  # a processor second is longer on a machine with other work
