@@ -1,5 +1,5 @@
 """``megatron-opd train|check|audit|eval CONFIG [key.path=value ...]``, ``megatron-opd check CONFIG --gpus N --memory 80GB``,
-``megatron-opd plan CONFIG --nodes N --gpu h100``,
+``megatron-opd plan CONFIG --nodes N --gpu h100``, ``megatron-opd serve CONFIG --number N``,
 ``megatron-opd report RUN [RUN ...]``
 """
 
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         if options.command == "eval":
             return _eval(config, options, arguments)
+        if options.command == "serve":
+            return _serve(config, options)
         commands = {"train": _train, "check": _check, "audit": _audit}
         return commands[options.command](config, arguments)
     except OpdError as error:
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "run CONFIG, resuming where it stopped"),
         ("check", "check CONFIG and its inputs, build nothing"),
         ("audit", "compare loss and gradients in CONFIG's layout with a dense computation"),
+        ("serve", "be one of the SGLang servers at rollout.urls of CONFIG, on the machine where it belongs"),
         ("plan", "memory, traffic, FLOPs and seconds of a step of CONFIG on a cluster, from config.json files alone"),
         ("eval", "evaluate a model on the tasks of CONFIG, on its engine; goes on where it was killed"),
     ):
@@ -79,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--memory", metavar="80GB", help="of one GPU: say whether the run fits, and what to change")
             command.add_argument("--reserve", metavar="5GB", help="of it, for CUDA context, NCCL and fragmentation")
+        if name == "serve":
+            command.add_argument("--number", metavar="N", type=int, required=True, help="of the server in rollout.urls, from 0")
         if name == "plan":
             _add_plan_options(command)
         if name == "eval":
@@ -165,6 +170,15 @@ def _on_all_ranks(
     world_size = local_world_size(config.student.parallel, platform.device_count())
     (check or prepare)(config, platform, world_size)
     return run_ranks(arguments, world_size, platform)
+
+
+def _serve(config: Config, options: argparse.Namespace) -> int:
+    with loading():
+        from megatron_opd.mcore.platform import Platform
+        from megatron_opd.serve import serve
+
+    serve(config, Platform.detect(), options.number)
+    return 0
 
 
 def _check(config: Config, _arguments: list[str]) -> int:

@@ -131,11 +131,11 @@ class RolloutConfig(_Section):
     weight_sync: Literal["auto", "collective", "ipc", "native", "disk"] = "auto"
     # SGLang servers that the run starts, shared out over its machines; where the only one is lost in use, the run ends.
     engines: int = Field(default=1, ge=1)
-    urls: list[str] = []  # of running servers instead; `megatron-opd check` prints how to start them
+    urls: list[str] = []  # of running servers instead: of `megatron-opd serve`, or started as `megatron-opd check` prints
     api_key_file: str | None = None  # of the servers at urls, and of the router: a text file
     router: str | None = None  # URL of a running sglang-router, which picks the server of each request; null: the run does
     tp: int = Field(default=1, ge=1)  # tensor-parallel ranks of each
-    python: str | None = None  # the interpreter of SGLang's environment; null: this one
+    python: str | None = None  # the interpreter of SGLang's environment, for the servers that we start; null: this one
     # An address that trainer and servers listen on, or an interface's name, such as eth0, for the address that each machine has
     # there; for servers on other machines, and for a run on several, that of a network that they share.
     host: str = "127.0.0.1"
@@ -340,8 +340,13 @@ class Config(_Section):
     @property
     def starts_servers(self) -> bool:
         """Of SGLang."""
-        own = any(not teacher.urls for teacher in self.sglang_teachers.values())
-        return own or (self.rollout.backend == "sglang" and self.samples and not self.rollout.urls)
+        own = self.rollout.backend == "sglang" and self.samples and not self.rollout.urls
+        return own or bool(self.teachers_to_start)
+
+    @property
+    def teachers_to_start(self) -> list[str]:
+        """Sections of the teachers whose SGLang servers the run starts."""
+        return [teacher_key(name) for name, each in self.sglang_teachers.items() if not each.urls]
 
     @property
     def megatron_checkpoints(self) -> dict[str, str]:

@@ -214,12 +214,11 @@ def _check_attached(config: Config) -> None:
             f"rollout.placement: colocated, but the servers at {listed} were started elsewhere; set placement=disaggregated"
         )
     _check_urls("rollout.urls", rollout.urls)
-    for key in ("engines",) if config.teacher_writes else ("engines", "python", "sglang"):
-        if key in rollout.model_fields_set:
-            raise OpdError(
-                f"rollout.{key}: set, but the servers at rollout.urls run already; remove rollout.{key}, or rollout.urls for "
-                "servers that the run starts"
-            )
+    if "engines" in rollout.model_fields_set:
+        raise OpdError(
+            "rollout.engines: set, but the servers at rollout.urls run already; remove rollout.engines, or rollout.urls for "
+            "servers that the run starts"
+        )
     if rollout.host in _LOOPBACK:
         for url in rollout.urls:
             if url.rpartition("://")[2].rpartition(":")[0] not in _LOOPBACK:

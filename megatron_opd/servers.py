@@ -96,7 +96,7 @@ def how_to_start(config: Config, folder: HFFolder, platform: Platform) -> str:
         address = urlsplit(url)
         spec = replace(
             student_server(config, folder, platform),
-            python="python",
+            python=rollout.python or "python",
             host=address.hostname or rollout.host,
             seed=config.run.seed + number,
         )

@@ -385,14 +385,6 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         both(attached("http://127.0.0.1:1"), put("rollout.engines", 2)),
         ["rollout.engines", "rollout.urls", "remove"],
     ),
-    "attached with an interpreter": (
-        both(attached("http://127.0.0.1:1"), put("rollout.python", "python")),
-        ["rollout.python", "rollout.urls", "remove"],
-    ),
-    "attached with arguments": (
-        both(attached("http://127.0.0.1:1"), put("rollout.sglang", {"page_size": 1})),
-        ["rollout.sglang", "rollout.urls", "remove"],
-    ),
     "attached on the training's devices": (
         both(attached("http://127.0.0.1:1"), put("rollout.placement", "colocated")),
         ["rollout.placement", "colocated", "placement=disaggregated"],

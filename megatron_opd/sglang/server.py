@@ -24,6 +24,8 @@ from megatron_opd.types import OpdError
 CPU_STAND_INS = Path(__file__).with_name("cpu")
 _ENGINE_SIDE = Path(__file__).with_name("engine_side")  # the loader of weights
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PYTHONPATH")
+# What suits the training alone: SGLang's memory saver refuses expandable segments.
+_TRAINING = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
 LOADER = "opd_weights.receive"
 _PORTS, _PORT_TRIES = (10_000, 32_768), 1000
 _LAST_LINES = 3  # of a log, in messages
@@ -61,10 +63,15 @@ class ServerSpec:
 class Server:
     """A running server. Its processes end with this one, however this one ends."""
 
-    def __init__(self, spec: ServerSpec, api_key: str | None = None) -> None:
-        """Start it; :meth:`wait_until_ready` comes next. ``api_key``: None for one drawn here, known to nobody else."""
+    def __init__(self, spec: ServerSpec, api_key: str | None = None, port: int | None = None) -> None:
+        """Start it; :meth:`wait_until_ready` comes next.
+
+        Args:
+            api_key: None for one drawn here, known to nobody else.
+            port: None for a free one.
+        """
         self.spec = spec
-        self.port = free_port(spec.host)
+        self.port = port or free_port(spec.host)
         self.url = f"http://{spec.host}:{self.port}"
         self.api_key = api_key or secrets.token_hex(24)  # of letters and digits: a dash in front would be an option
         spec.log.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +122,10 @@ class Server:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def wait(self) -> None:
+        """Until it ends."""
+        self._process.wait()
 
     def last_words(self) -> str:
         lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.spec.log.exists() else []
@@ -179,7 +190,7 @@ def _command(spec: ServerSpec, port: int, nccl_port: int | None = None) -> list[
 
 def _inherited() -> dict[str, str]:
     # torchrun's variables would make the server's ranks join ours, or wait for a store that its agent has.
-    return {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN)}
+    return {name: value for name, value in os.environ.items() if not name.startswith((*_TORCHRUN, *_TRAINING))}
 
 
 def _environment(spec: ServerSpec) -> dict[str, str]:
