@@ -294,6 +294,15 @@ def _engine(config: Config) -> str:
     return f"SGLang servers: {servers}; tp={rollout.tp}"
 
 
+def started_servers(config: Config, remedy: str) -> tuple[str, str]:
+    """Which servers the run starts, and what else to set: ``remedy``, but where these are a teacher's alone."""
+    if not config.rollout.urls:
+        return "the servers", remedy
+    section = config.teachers_to_start[0]
+    writes = ", or eval.teacher=false and mixture.teacher=0" if config.teacher_writes else ""
+    return f"the server that the run starts for {section}", f"{section}.backend=sglang and {section}.urls{writes}"
+
+
 def axes(parallel: ParallelConfig, world_size: int) -> str:
     """A layout as people read it."""
     sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "vpp": parallel.vpp, "ep": parallel.ep}
@@ -315,9 +324,10 @@ def check_colocated(config: Config, world_size: int) -> None:
 def check_apart(config: Config) -> None:
     """Servers beside the training have GPUs of their own."""
     if not config.rollout.sglang.get("base_gpu_id"):
+        whose, remedy = started_servers(config, "rollout.placement=colocated")
         raise OpdError(
-            "rollout.sglang.base_gpu_id: not set, so the servers would share GPUs with the training, which NCCL refuses; "
-            "give the first GPU that is free for them and start on fewer ranks, or set rollout.placement=colocated"
+            f"rollout.sglang.base_gpu_id: not set, so {whose} would share GPUs with the training, which NCCL refuses; "
+            f"give the first GPU that is free for them and start on fewer ranks, or set {remedy}"
         )
 
 

@@ -28,7 +28,7 @@ from megatron_opd.mcore.footprint import (
     state_bytes,
 )
 from megatron_opd.mcore.model import RECOMPUTED_BY_TE, ModelSpec, dtype_of
-from megatron_opd.preflight import Models, axes, check_models
+from megatron_opd.preflight import Models, axes, check_models, started_servers
 from megatron_opd.rollout.slot_cache import most_bytes
 from megatron_opd.types import OpdError
 
@@ -165,9 +165,10 @@ def server_share(config: Config, gpus: int) -> float:
     if int(native.get("base_gpu_id", 0)) >= min(gpus, NODE):
         return 0.0
     if "mem_fraction_static" not in native:
+        whose, remedy = started_servers(config, "rollout.sglang.base_gpu_id to GPUs of their own")
         raise OpdError(
-            "rollout.sglang.mem_fraction_static: not set, so the servers would take what they find of the GPUs that they share "
-            "with the training; set it, or rollout.sglang.base_gpu_id to GPUs of their own"
+            f"rollout.sglang.mem_fraction_static: not set, so {whose} would take what is there of the GPUs that they share "
+            f"with the training; set it, or {remedy}"
         )
     return float(native["mem_fraction_static"])
 

@@ -97,7 +97,8 @@ def _writer(config: Config, name: str, folder: HFFolder, responses: int, mean: M
     cache = hf.num_hidden_layers * hf.num_key_value_heads * key_and_value(fields) * itemsize
     room = None
     if served:
-        share = server_share(config, ranks) if rollout.placement == "colocated" else _WHOLE_SHARE
+        own = float(rollout.sglang.get("mem_fraction_static", _WHOLE_SHARE))
+        share = server_share(config, ranks) if rollout.placement == "colocated" else own
         free = int(share * gpu.memory) - weights // tp
         if free <= 0:
             raise OpdError(

@@ -300,4 +300,11 @@ def test_sglang_takes_its_share_of_the_gpus_that_it_is_on(big: Path, capsys: pyt
     rows = [line.split() for line in output.splitlines() if re.match(r"pp \d/4", line)]
     assert {row[-1] for row in rows[:4]} == {"0.00"}
     code, _, error = check(capsys, big, *options)
-    assert code == 2 and "rollout.sglang.mem_fraction_static: not set" in error
+    assert code == 2 and "rollout.sglang.mem_fraction_static: not set, so the servers would" in error
+    elsewhere = ("rollout.urls=[http://10.0.0.7:30000]", "rollout.host=10.0.0.6")
+    output = check(capsys, big, *elsewhere, *options)[1]
+    rows = [line.split() for line in output.splitlines() if re.match(r"pp \d/4", line)]
+    assert {row[-1] for row in rows[:4]} == {"0.00"}
+    code, _, error = check(capsys, big, *elsewhere, "eval={prompts: heldout.jsonl}", *options)
+    assert code == 2 and "mem_fraction_static: not set, so the server that the run starts for teacher would" in error
+    assert "or eval.teacher=false" in error

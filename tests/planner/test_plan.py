@@ -177,6 +177,18 @@ def test_70b_takes_less_than_a_minute(nodes: int, tmp_path: Path, capsys: pytest
     table.add("Planner", f"70B, {8 * nodes} GPUs", f"{seconds:.0f} s")
 
 
+@pytest.mark.slow
+def test_the_disaggregated_recipe_trains_on_what_its_servers_leave_of_twelve_nodes(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "examples" / "slurm" / "opd_70b_disaggregated.yaml"
+    model, out = write_config_json(tmp_path / "70b", LLAMA_70B), tmp_path / "plan.json"
+    models = [f"student.model={model}", f"teacher.model={model}"]
+    assert cli.main(["plan", str(recipe), *models, "--nodes", "12", "--gpu", "h100", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["training_gpus"], found["gpus"], found["fits"]) == (64, 96, True)
+    assert found["layout"].startswith("tp=8 cp=1 pp=2 ep=1 dp=4")
+    assert cli.main(["plan", str(recipe), *models, "--nodes", "4", "--gpu", "h100"]) == 2
+
+
 def test_rings() -> None:
     assert Kind.ALL_REDUCE.sent(80, 4) == 120 and Kind.ALL_GATHER.sent(80, 4) == 60 and Kind.BROADCAST.sent(80, 1) == 0
     assert Span.of([0, 1, 8, 9], 8) == Span(4, 2) and Span.of([0, 1, 8, 9], 8).crosses and not Span.of([0, 7], 8).crosses
