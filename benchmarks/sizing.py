@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,10 +150,8 @@ def row(case: Case) -> str:
     cells = [
         case.name,
         f"{case.gpus} {case.gpu}",
-        plan.layout,
+        " ".join(re.findall(r"\w+=(?!1\b)\d+", plan.layout)),
         f"{case.gpus // case.engine_tp} of tp {case.engine_tp}, {case.fraction}",
-        "full" if case.recompute else "none",
-        str(case.tokens),
         f"{plan.peak / _GIB:.1f} of {available / _GIB:.1f}" + ("" if plan.peak <= available else ", **does not fit**"),
         plan.largest.phase,
         f"{host / _GIB:.0f}",
@@ -165,8 +164,8 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", help="one size, such as 70B")
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the modules are built on CPU
-    print("| student | GPUs | layout | engines | recompute | tokens | GiB a GPU | most in | host GiB a node |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| student | GPUs | student's layout | SGLang's servers, share of memory | GiB a GPU | in phase | host GiB a node |")
+    print("|---|---|---|---|---|---|---|")
     for case in CASES:
         if options.only in (None, case.name):
             print(row(case), flush=True)

@@ -79,7 +79,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: Callable[[], s
 
 @contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """Its daemons are children of this process, so none outlives the context."""
+    """Its daemons are children of this process, and neither they nor its jobs outlive the context."""
     conf, munge = folder / "slurm.conf", folder / "munge"
     host = socket.gethostname().split(".")[0]
     conf.write_text(_CONF.format(host=host, folder=folder, ports=_free_ports(3)))
@@ -100,12 +100,19 @@ def running(folder: Path) -> Iterator[Cluster]:
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             log.close()
         wait_for(lambda: _idle(cluster) == len(NODES), 60, lambda: (folder / "slurmctld.log").read_text()[-2000:])
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            cluster.run("scancel", "--user=root")
+            wait_for(lambda: not cluster.run("squeue", "--noheader").strip(), 120, lambda: cluster.run("squeue"))
     finally:
-        for daemon in reversed(daemons):
+        for daemon in reversed(daemons):  # munged, without which the others cannot say goodbye, is the last
             daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(30)
+            try:
+                daemon.wait(30)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
 
 def _idle(cluster: Cluster) -> int:

@@ -18,9 +18,10 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}" || exit $REFUSED
     exit $REFUSED
 }
 
-CODES=$PWD/runs/.codes-${SLURM_JOB_ID:?}
-mkdir -p "$CODES"
-trap 'rm -rf "$CODES"' EXIT
+# Of this job, seen by all of its nodes: what its tasks ended with.
+SCRATCH=$PWD/runs/.job-${SLURM_JOB_ID:?}
+mkdir -p "$SCRATCH"
+trap 'rm -rf "$SCRATCH"' EXIT
 
 # NCCL: a rank that is lost ends the others' collectives after the timeout, rather than never; flight recorder for the post-mortem.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
@@ -28,8 +29,6 @@ export TORCH_FR_BUFFER_SIZE=2000
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Tensor parallelism overlaps communication with computation only where kernels are issued in one order.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Responses differ in length at every step: without this the allocator's fragments pile up until memory runs out.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Nothing is fetched in the middle of a job by hundreds of ranks at once.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
@@ -49,7 +48,7 @@ make_step() {
     # What a task ends with by itself tells more than srun's code, which is that of the tasks that were killed after it. Signals go to all
     # of a task's processes; this one outlives them to note the code.
     # shellcheck disable=SC2016  # for the task's shell to expand
-    step+=(bash -c "${SETUP:+$SETUP && }"'trap : USR1 TERM; "$@"; code=$?; echo $code >"$0/$SLURM_PROCID"; exit $code' "$CODES" "$@")
+    step+=(bash -c "${SETUP:+$SETUP && }"'trap : USR1 TERM; "$@"; code=$?; echo $code >"$0/$SLURM_STEP_ID.$SLURM_PROCID"; exit $code' "$SCRATCH" "$@")
 }
 
 # Several nodes need one network for what is not the fabric's: rendezvous, control, SGLang. INTERFACE names it. NCCL finds the fabric
@@ -66,8 +65,9 @@ use_interface() {
 # hundreds of GPUs wait for it.
 check_nodes() {
     make_step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- \
-        bash examples/slurm/check_node.sh "${SLURM_GPUS_PER_NODE:-0}" "$CODES"
+        bash examples/slurm/check_node.sh "${SLURM_GPUS_PER_NODE:-0}" "$SCRATCH"
     "${step[@]}"
+    rm -f "$SCRATCH"/*
 }
 
 # train SRUN_OPTIONS... -- CONFIG [key=value ...]    then end, or start again where that helps
@@ -78,7 +78,6 @@ train() {
         shift
     done
     shift
-    rm -f "$CODES"/*
     make_step "${options[@]}" -- megatron-opd train "$@"
     "${step[@]}" &  # not a function: a signal to it must be one to srun
     training=$!
@@ -92,17 +91,22 @@ train() {
         wait "$training" || code=$?
     done
     trap - USR1
+    finish "$code"
+}
+
+# finish CODE: end, or start again where that helps. What the tasks themselves ended with tells more than CODE.
+finish() {
     local final
-    final=$(cat "$CODES"/* 2>/dev/null | grep -xE -m1 "$STOPPED|$REFUSED") || true
+    final=$(cat "$SCRATCH"/*.* 2>/dev/null | grep -xE -m1 "$STOPPED|$REFUSED") || true
     if [[ $final ]]; then
         echo "job $SLURM_JOB_ID: ended with $final, which starting again would not change"
         exit "$final"
-    elif ((code)); then
-        requeue "$code"
+    elif (($1)); then
+        requeue "$1"
     else
         echo "job $SLURM_JOB_ID: done"
     fi
-    exit "$code"
+    exit "$1"
 }
 
 requeue() {
