@@ -46,9 +46,9 @@ make_step() {
         step+=("--container-image=$IMAGE" "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD")
     fi
     # What a task ends with by itself tells more than srun's code, which is that of the tasks that were killed after it. Signals go to all
-    # of a task's processes; this one outlives them to note the code.
+    # of a task's processes; this one outlives them to note the code, unless the job has ended by then.
     # shellcheck disable=SC2016  # for the task's shell to expand
-    step+=(bash -c "${SETUP:+$SETUP && }"'trap : USR1 TERM; "$@"; code=$?; echo $code >"$0/$SLURM_STEP_ID.$SLURM_PROCID"; exit $code' "$SCRATCH" "$@")
+    step+=(bash -c "${SETUP:+$SETUP && }"'trap : USR1 TERM; "$@"; code=$?; { echo $code >"$0/$SLURM_STEP_ID.$SLURM_PROCID"; } 2>/dev/null; exit $code' "$SCRATCH" "$@")
 }
 
 # Several nodes need one network for what is not the fabric's: rendezvous, control, SGLang. INTERFACE names it. NCCL finds the fabric
