@@ -72,9 +72,11 @@ UNSURE = {
 }
 # Students that check more and begin with more truncation.
 EAGER = {
-    "eager_opd": Arm("OPD", OPD, student="eager_student", baseline="eager_opd"),
-    "eager_stableopd": Arm("StableOPD", (), student="eager_student", baseline="eager_opd"),
-    "eager_gold_only": Arm("gold only, no OPD", ("mixture.student=0",), student="eager_student", baseline="eager_opd"),
+    "eager_opd": Arm("OPD", OPD, student="eager_student", pairs=(0,), baseline="eager_opd"),
+    "eager_stableopd": Arm("StableOPD", (), student="eager_student", pairs=(0,), baseline="eager_opd"),
+    "eager_gold_only": Arm(
+        "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
+    ),
 }
 # Students and gold solutions that slip, which the teacher does not. Chosen on pair 0 and frozen; then run on pair 1.
 SLIPS_RECIPE = ("loss.opd=reverse_kl", "loss.reference_kl=0.05", "optimizer.lr=6.0e-4", "optimizer.decay=cosine")
