@@ -177,7 +177,7 @@ def test_70b_takes_less_than_a_minute(nodes: int, tmp_path: Path, capsys: pytest
     table.add("Planner", f"70B, {8 * nodes} GPUs", f"{seconds:.0f} s")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # minutes of one core
 def test_the_disaggregated_recipe_trains_on_what_its_servers_leave_of_twelve_nodes(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "examples" / "slurm" / "opd_70b_disaggregated.yaml"
     model, out = write_config_json(tmp_path / "70b", LLAMA_70B), tmp_path / "plan.json"
