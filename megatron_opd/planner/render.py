@@ -137,9 +137,9 @@ def render_error(run: MeasuredRun, predicted: StepSeconds) -> str:
     rows = []
     for phase, value in run.seconds.items():
         guess = predicted.phase(phase)
-        rows.append([phase.replace("_", " "), f"{value:.3f}", f"{guess:.3f}", f"{guess / value - 1:+.0%}"])
+        rows.append([phase.replace("_", " "), f"{value:.3f}", f"{guess:.3f}", f"{guess / value - 1:+z.0%}"])
     measured, guessed = sum(run.seconds.values()), sum(predicted.phase(phase) for phase in run.seconds)
-    rows.append(["together", f"{measured:.3f}", f"{guessed:.3f}", f"{guessed / measured - 1:+.0%}"])
+    rows.append(["together", f"{measured:.3f}", f"{guessed:.3f}", f"{guessed / measured - 1:+z.0%}"])
     if run.rest is not None:
         rows.append(["beside these", f"{run.rest:.3f}", "", ""])
     head = [f"{run.folder}, {run.ranks} ranks", "measured", "predicted", "error"]

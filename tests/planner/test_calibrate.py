@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_opd import cli
 from megatron_opd.planner.calibrate import MeasuredRun, calibration, measured_run, predicted
 from megatron_opd.planner.hardware import GPUS
 from megatron_opd.planner.seconds import PHASES, StepSeconds
@@ -88,6 +89,32 @@ def test_seconds_of_a_checkpoint_are_not_a_steps(uninterrupted: Uninterrupted, t
     tree["checkpoint"]["every"] = 1
     (copy / "config.yaml").write_text(yaml.safe_dump(tree))
     assert measured_run("--calibrate", str(copy)).rest is None
+
+
+def test_error_on_a_held_out_run_is_printed(
+    uninterrupted: Uninterrupted, pipelined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = uninterrupted[0], str(uninterrupted[0] / "run")
+    options = ["--nodes", "1", "--gpus-per-node", "2", "--gpu", "cpu", "--response-tokens", "6", "--prompt-tokens", "6"]
+
+    def printed(against: str) -> tuple[str, dict[str, list[str]]]:
+        capsys.readouterr()
+        assert cli.main(["plan", str(folder / "small.yaml"), *options, "--calibrate", run, "--against", against]) == 0
+        line, table = capsys.readouterr().out.split("\n\n")[0].split("\nseconds of a step, medians of ")
+        rows = [row.rsplit(maxsplit=3) for row in table.splitlines() if row.endswith("%")]
+        assert table.splitlines()[1].split()[-3:] == ["measured", "predicted", "error"]
+        return " ".join(line.split()), {row[0]: row[1:] for row in rows}
+
+    line, same = printed(run)
+    assert line.startswith(f"calibrated by {run} (2 ranks, 4 steps): rollout x")
+    assert {row[2] for row in same.values()} == {"+0%"} and len(same) == 5
+    _, held_out = printed(str(pipelined))
+    measured = medians(pipelined)
+    for phase, value in measured.items():
+        shown, guess, error = held_out[phase.replace("_", " ")]
+        assert shown == f"{value:.3f}"
+        assert float(guess) == pytest.approx(value * (1 + float(error[:-1]) / 100), abs=0.006 * value + 1e-3)
+    assert held_out["together"][0] == f"{sum(measured.values()):.3f}"
 
 
 def test_rollouts_beside_the_training_calibrate_nothing(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
