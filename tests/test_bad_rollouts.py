@@ -204,7 +204,7 @@ def served_empty() -> list[Rollout]:
             context=64,
             vocab_size=VOCAB,
             in_flight=4,
-            timeout=20.0,
+            timeout=60.0,
         )
         engine.generate(requests(4), sampling(stop_ids=(EOS,)))
         return engine.generate(requests(4), sampling(stop_ids=(EOS,)))  # with what it learnt of their lengths
