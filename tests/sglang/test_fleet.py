@@ -169,7 +169,7 @@ def test_attached_server_that_hung_takes_the_next_weights_and_is_never_stopped(
     pool: WorkerPool, model: Path, servers: list[Server]
 ) -> None:
     endpoint = servers[0].endpoint
-    (seen,) = pool.run(1, lose_and_regain_attached, str(model), endpoint, servers[0].pid, timeout=300)
+    (seen,) = pool.run(1, lose_and_regain_attached, str(model), endpoint, servers[0].pid, timeout=600)
     assert (
         "no engine of the student is left" in seen["message"]
         and f"{endpoint.url}: /generate: no answer in 5 s" in seen["message"]

@@ -118,7 +118,7 @@ def scorer(layout: ParallelLayout, endpoints: Sequence[Endpoint], wanted: Object
         vocab_size=SHARED,
         teacher_vocab_size=ROWS,
         in_flight=4,
-        timeout=30.0,
+        timeout=60.0,
         student=student,
     )
 
