@@ -185,8 +185,9 @@ def _check(config: Config, _arguments: list[str]) -> int:
     with loading():
         from megatron_opd.launch import joined_world, local_world_size
         from megatron_opd.mcore.platform import Platform
-        from megatron_opd.preflight import describe, prepare
+        from megatron_opd.preflight import prepare
         from megatron_opd.servers import how_to_start
+        from megatron_opd.summary import describe
 
     platform = Platform.detect()
     world_size = joined_world() or local_world_size(config.student.parallel, platform.device_count())

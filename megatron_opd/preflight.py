@@ -5,23 +5,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_opd.config import Config, EvalConfig, ParallelConfig, TeacherConfig, teacher_key
+from megatron_opd.config import Config, EvalConfig, teacher_key
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, solution_end, stop_ids
+from megatron_opd.engine_checks import check_latent_attention, check_served, check_servers, check_window
 from megatron_opd.evaluation.tasks import Task, load_tasks
-from megatron_opd.guards import check_heldout, check_not_student, end_tokens, findings, prompt_findings
+from megatron_opd.guards import check_heldout, check_not_student, findings, prompt_findings
 from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.losses import TOP_K_KINDS
 from megatron_opd.mcore.checkpoint import check_checkpoint
 from megatron_opd.mcore.checkpoint_files import checkpoints, damage, latest_checkpoint
-from megatron_opd.mcore.families.family import window
-from megatron_opd.mcore.fast_paths import fast_paths, installed
 from megatron_opd.mcore.fp8 import check_fp8_param_platform, check_fp8_platform
 from megatron_opd.mcore.frozen_fp8 import check_fp8
 from megatron_opd.mcore.megatron_lm import check_weights, find_checkpoint
@@ -30,18 +27,10 @@ from megatron_opd.mcore.parallel import data_parallel_size
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.quantization import require_modelopt
 from megatron_opd.rollout.embedded import check_attention
-from megatron_opd.sglang.client import read_key
-from megatron_opd.sglang.router import ids_to_exclude
-from megatron_opd.sglang.server import check_arguments
 from megatron_opd.types import OpdError, Prompt, SamplingParams, Tokenizer
 
 # Positions of a context that SGLang gives to no prompt; in a request to score, the response is part of the prompt.
 _KEPT_BY_SGLANG = 7
-# Architectures whose sliding windows SGLang 0.5.21 leaves out.
-_WITHOUT_WINDOW = {
-    *("MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM"),
-    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-}
 
 
 @dataclass(frozen=True)
@@ -129,7 +118,7 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
         if (each := {"student": student_spec, **specs}.get(section)) is not None:
             check_model_fp8(each, config.layouts[section], recipe, dtype_of(config), section)
     if config.rollout.backend == "sglang" and student_config.multi_latent_attention:
-        _check_latent_attention(config)
+        check_latent_attention(config)
     if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
         raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {models.vocab_size} ids; lower it")
     return models
@@ -177,26 +166,18 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
             require_modelopt(f"{section}.quantize", "fp8")
         _check_weights(folder, models.frozen_specs[section], section, found)
     for name in models.served:
-        _check_served(config.all_teachers[name], teachers[name], teacher_key(name))
-        _check_window(config, models, teachers[name], teacher_key(name))
+        check_served(config.all_teachers[name], teachers[name], teacher_key(name))
+        check_window(config, models.max_positions, teachers[name], teacher_key(name))
     if config.rollout.backend == "sglang":
-        _check_window(config, models, student, "student")
+        check_window(config, models.max_positions, student, "student")
     elif config.samples:
         check_attention(student.config, str(student.path))
         for name, folder in teachers.items() if config.mixture.teacher else ():
             if name not in models.served:
                 check_attention(folder.config, str(folder.path))
 
-    if config.rollout.router is not None and (excluded := student.config.vocab_size - vocab_size) > 0:
-        raise OpdError(ids_to_exclude(config.rollout.router, excluded))
-    if config.rollout.api_key_file is not None:
-        read_key("rollout.api_key_file", config.rollout.api_key_file)
-    if config.starts_servers:
-        check_arguments(config.rollout.python or sys.executable, config.rollout.sglang)
-        if config.rollout.placement == "colocated":
-            check_colocated(config, world_size)
-        elif platform.device.type == "cuda":
-            check_apart(config)
+    excluded = student.config.vocab_size - vocab_size
+    check_servers(config, world_size, excluded, on_cuda=platform.device.type == "cuda")
     check_not_student(config, student, teachers, found)
     tokenizer = load_tokenizer(student.path)
     folders = (*teachers.values(), *([models.reference] if models.reference else []))
@@ -240,131 +221,11 @@ def eval_sampling(config: EvalConfig, inputs: Inputs, task: Task) -> SamplingPar
     return SamplingParams(config.temperature, config.top_p, task.max_new_tokens, inputs.stop_ids, inputs.loss_vocab_size)
 
 
-def describe(config: Config, inputs: Inputs, platform: Platform, world_size: int) -> str:
-    """What ``megatron-opd check`` prints: the resolved run, one fact a line."""
-    parallel, mixture, objective = config.student.parallel, config.mixture, config.objective
-
-    def own_layout(section: str) -> str:
-        if section not in config.layouts:
-            return " (SGLang)"
-        own = axes(config.layouts[section], world_size)
-        return "" if own == axes(parallel.model_copy(update={"vpp": 1}), world_size) else f" ({own})"
-
-    facts = {
-        "run": f"{config.run.name}: {config.run.steps} steps into {config.run.dir}",
-        "platform": f"{platform.device.type}, {platform.backend}, "
-        + ("Transformer Engine spec" if platform.transformer_engine else "local layer spec"),
-        "layout": f"{axes(parallel, world_size)} on {world_size} ranks",
-        "student": f"{inputs.student.path} ({inputs.student_spec.architecture}, {config.student.init}, {config.student.dtype})",
-        "teacher": ", ".join(
-            f"{name} {folder.path}{own_layout(teacher_key(name))}".strip() for name, folder in inputs.teachers.items()
-        )
-        or "none",
-        "reference": f"{inputs.reference.path}{own_layout('reference')}" if inputs.reference else "none",
-        "vocabulary": f"{inputs.loss_vocab_size} shared ids, {inputs.student_spec.dims.padded_vocab_size} rows in the student",
-        "engine": _engine(config),
-        "end tokens": f"{end_tokens(inputs.tokenizer, inputs.own_stop_ids, inputs.teacher_stop_ids)}; "
-        + ("one class" if objective.merge_stop_class and len(inputs.stop_class) > 1 else "each by itself"),
-        "data": f"{len(inputs.prompts)} prompts" + "".join(f", {len(task.prompts)} of {task.name}" for task in inputs.tasks),
-        "mixture": f"for each prompt {mixture.student} student, {mixture.teacher} teacher, {mixture.gold} gold",
-        "objective": f"{objective.opd} x {objective.student_weight}, reference KL x {objective.reference_kl}, "
-        f"gold x {objective.gold_weight}, aggregation {config.loss.aggregation}",
-        "resume": f"{inputs.resume} (step {inputs.resume_step})" if inputs.resume else "from the start",
-    }
-    return "\n".join([*_columns(facts), "fast paths", *(f"  {line}" for line in _fast_paths(config, inputs, platform))])
-
-
-def _fast_paths(config: Config, inputs: Inputs, platform: Platform) -> list[str]:
-    found = fast_paths(config, inputs.student_config, platform, installed())
-    return _columns({each.name: f"{'on' if each.on else 'off':<3}  {each.why}" for each in found})
-
-
-def _columns(facts: Mapping[str, str]) -> list[str]:
-    width = max(map(len, facts))
-    return [f"{name:<{width}}  {fact}" for name, fact in facts.items()]
-
-
-def _engine(config: Config) -> str:
-    rollout = config.rollout
-    if not config.samples:
-        return "none"
-    if rollout.backend == "embedded":
-        return "embedded, one on each rank"
-    servers = f"those at {', '.join(rollout.urls)}" if rollout.urls else f"{rollout.engines}, started by the run"
-    return f"SGLang servers: {servers}; tp={rollout.tp}"
-
-
-def started_servers(config: Config, remedy: str) -> tuple[str, str]:
-    """Which servers the run starts, and what else to set: ``remedy``, but where these are a teacher's alone."""
-    if not config.rollout.urls:
-        return "the servers", remedy
-    section = config.teachers_to_start[0]
-    writes = ", or eval.teacher=false and mixture.teacher=0" if config.teacher_writes else ""
-    return f"the server that the run starts for {section}", f"{section}.backend=sglang and {section}.urls{writes}"
-
-
-def axes(parallel: ParallelConfig, world_size: int) -> str:
-    """A layout as people read it."""
-    sizes = {"tp": parallel.tp, "cp": parallel.cp, "pp": parallel.pp, "vpp": parallel.vpp, "ep": parallel.ep}
-    sizes["dp"] = world_size // parallel.model_parallel_size
-    shown = " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "vpp" or size > 1)
-    return shown + (" with sequence parallelism" if parallel.sequence_parallel else "")
-
-
-def check_colocated(config: Config, world_size: int) -> None:
-    """Each training rank has one engine rank on its device."""
-    engine_ranks = config.rollout.engines * config.rollout.tp
-    if engine_ranks != world_size:
-        raise OpdError(
-            f"rollout.engines: {config.rollout.engines} servers of rollout.tp={config.rollout.tp} are {engine_ranks} ranks, "
-            f"but the training has {world_size}; with placement=colocated set them equal"
-        )
-
-
-def check_apart(config: Config) -> None:
-    """Servers beside the training have GPUs of their own."""
-    if not config.rollout.sglang.get("base_gpu_id"):
-        whose, remedy = started_servers(config, "rollout.placement=colocated")
-        raise OpdError(
-            f"rollout.sglang.base_gpu_id: not set, so {whose} would share GPUs with the training, which NCCL refuses; "
-            f"give the first GPU that is free for them and start on fewer ranks, or set {remedy}"
-        )
-
-
 def _check_weights(folder: HFFolder, spec: ModelSpec, section: str, megatron: dict[str, Path]) -> None:
     if section in megatron:
         check_weights(megatron[section], spec, f"{section}.load")
     else:
         folder.check_tensors()
-
-
-def _check_served(teacher: TeacherConfig, folder: HFFolder, section: str) -> None:
-    """SGLang knows more architectures than we do, and loads what it can: here only files that are not there are found."""
-    if teacher.api_key_file:
-        read_key(f"{section}.api_key_file", teacher.api_key_file)
-    if not teacher.urls:
-        folder.check_files()
-
-
-def _check_latent_attention(config: Config) -> None:
-    ways = ("disk",) if config.rollout.placement == "colocated" else ("native", "disk")
-    if config.rollout.weight_sync not in ways:
-        raise OpdError(
-            f"rollout.weight_sync: {config.rollout.weight_sync}, but SGLang derives weights of the student's latent attention "
-            f"in its own loader alone; set it to {' or '.join(ways)}"
-        )
-
-
-def _check_window(config: Config, models: Models, folder: HFFolder, section: str) -> None:
-    """SGLang computes some families without the sliding window that config.json gives them, and says nothing."""
-    if folder.architecture not in _WITHOUT_WINDOW or not (fields := window(folder.config)):
-        return
-    seen, longest = fields["window_size"][0] + 1, min(models.max_positions, config.data.max_context or models.max_positions)
-    if longest > seen:
-        raise OpdError(
-            f"{section}.model: {folder.path / 'config.json'} has a sliding window of {seen} tokens, which SGLang leaves out of "
-            f"{folder.architecture}, and sequences may have {longest}; set data.max_context={seen}"
-        )
 
 
 def _frozen_folders(config: Config, student: HFFolder) -> tuple[dict[str, HFFolder], HFFolder | None]:

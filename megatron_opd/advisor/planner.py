@@ -11,6 +11,7 @@ import torch
 from megatron_opd.advisor.plan import EngineBytes, Frozen, Plan, RankClass
 from megatron_opd.advisor.workload import largest_workload, longest_sequence, shortest_microbatch
 from megatron_opd.config import Config
+from megatron_opd.engine_checks import started_servers
 from megatron_opd.hf_folder import HFFolder, expected_shapes
 from megatron_opd.mcore.fake_world import FAKE
 from megatron_opd.mcore.footprint import (
@@ -28,8 +29,9 @@ from megatron_opd.mcore.footprint import (
     state_bytes,
 )
 from megatron_opd.mcore.model import RECOMPUTED_BY_TE, ModelSpec, dtype_of
-from megatron_opd.preflight import Models, axes, check_models, started_servers
+from megatron_opd.preflight import Models, check_models
 from megatron_opd.rollout.slot_cache import most_bytes
+from megatron_opd.summary import axes
 from megatron_opd.types import OpdError
 
 _EXPERTS = "experts: routing counts as balanced"

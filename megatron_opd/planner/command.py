@@ -14,6 +14,7 @@ from megatron_opd.advisor.planner import Planner
 from megatron_opd.advisor.sizes import gib, parse_bytes
 from megatron_opd.config import Config
 from megatron_opd.config_file import load_config
+from megatron_opd.engine_checks import check_apart, check_colocated
 from megatron_opd.mcore.work import stage_tensors
 from megatron_opd.planner.alternatives import alternatives
 from megatron_opd.planner.calibrate import MeasuredRun, calibration, measured_run, predicted
@@ -26,7 +27,6 @@ from megatron_opd.planner.render import render, render_calibration, render_error
 from megatron_opd.planner.resharding import Resharding, reshard
 from megatron_opd.planner.seconds import Rig, StepSeconds, step_seconds
 from megatron_opd.planner.timeline import check_timeline, write_timeline
-from megatron_opd.preflight import check_apart, check_colocated
 from megatron_opd.types import OpdError
 
 
