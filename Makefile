@@ -14,7 +14,7 @@
 # ARGS         more arguments for pytest, or for `megatron-opd train` in demo
 # TEST_JOBS    processes of pytest, each with ranks of its own; 0: none beside it
 # JOBS         runs of `reproduce` at a time, one core each
-# GROUPS       what `reproduce` runs: arms, controls, end_tokens, unsure_ends, eager, slips, trials, options, actions
+# GROUPS       what `reproduce` runs: arms, controls, end_tokens, unsure_ends, eager, seasoned, slips, trials, options, actions
 
 PYTHON ?= python3
 VENV ?= .venv

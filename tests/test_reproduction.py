@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.reproduction.arms import ARMS, CONFIG, EVERY, SLIPS, Arm, command_overrides
+from examples.reproduction.arms import ARMS, CONFIG, EVERY, SEASONED, SLIPS, Arm, command_overrides
 from examples.reproduction.final import Response
 from examples.reproduction.make_models import (
     BOUNDED_TEACHER,
@@ -140,7 +140,7 @@ def test_the_endless_share_of_the_teachers_documents_is_the_only_difference_to_t
     assert (TEACHER.again, TEACHER.most) == (BOUNDED_TEACHER.again, BOUNDED_TEACHER.most)
 
 
-@pytest.mark.parametrize(("whole", "arms"), [("stableopd", ARMS), ("slips_stableopd", SLIPS)])
+@pytest.mark.parametrize(("whole", "arms"), [("stableopd", ARMS), ("slips_stableopd", SLIPS), ("seasoned_stableopd", SEASONED)])
 def test_the_arms_differ_in_loss_terms_alone(whole: str, arms: dict[str, Arm]) -> None:
     recipe = _leaves(load_config(CONFIG, command_overrides(whole, 0)).model_dump())
     for name in arms:

@@ -78,9 +78,22 @@ EAGER = {
         "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
     ),
 }
-# Students and gold solutions that slip, which the teacher does not. Chosen on pair 0 and frozen; then run on pair 1.
-SLIPS_RECIPE = ("loss.opd=reverse_kl", "loss.reference_kl=0.05", "optimizer.lr=6.0e-4", "optimizer.decay=cosine")
+# Students and gold solutions that slip, which the teacher does not; the students have learnt what such solutions teach. Chosen on
+# pair 0 and frozen; then run on the others.
+SEASONED_RECIPE = ("loss.reference_kl=0.05", "optimizer.decay=cosine")
 GOLD_ONLY = ("mixture.student=0",)
+SEASONED = {
+    name: Arm(
+        title, (*SEASONED_RECIPE, *terms), "seasoned_student", prompts="train_slipping.jsonl", baseline="seasoned_gold_only"
+    )
+    for name, title, terms in (
+        ("seasoned_gold_only", "gold only, no OPD", GOLD_ONLY),
+        ("seasoned_opd", "OPD", OPD),
+        ("seasoned_stableopd", "StableOPD", ()),
+    )
+}
+# Tried before with students that still learn from gold. Chosen on pair 0 and frozen; then run on pair 1.
+SLIPS_RECIPE = ("loss.opd=reverse_kl", "loss.reference_kl=0.05", "optimizer.lr=6.0e-4", "optimizer.decay=cosine")
 SLIPS = {
     name: Arm(
         title,
@@ -147,6 +160,7 @@ GROUPS = {
     "end_tokens": END_TOKENS,
     "unsure_ends": UNSURE,
     "eager": EAGER,
+    "seasoned": SEASONED,
     "slips": SLIPS,
     "trials": TRIALS,
     "options": OPTIONS,

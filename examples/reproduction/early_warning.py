@@ -14,7 +14,8 @@ from typing import Any
 from examples.reproduction.arms import GROUPS, run_folder
 from examples.reproduction.make_models import HERE
 
-_GROUPS = ("arms", "eager", "slips", "controls", "end_tokens", "unsure_ends", "options")  # not actions, which act on it
+# Not actions, which act on it.
+_GROUPS = ("arms", "eager", "seasoned", "slips", "controls", "end_tokens", "unsure_ends", "options")
 _CHOSEN_ON = 0  # the pair
 _FALL = 0.15  # of held-out accuracy below its start, which errs by 0.06
 # Responses that grow because working appears, and end: `make demo`.
@@ -52,7 +53,7 @@ def early_warning_table(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = ["" if row[key] is None else str(row[key]) for key in ("pair", "warned", "fallen")]
         mark = " (chosen on)" if row["chosen_on"] else ""
-        title = row["title"] + (f" ({row['group']})" if row["group"] in ("eager", "slips") else "")
+        title = row["title"] + (f" ({row['group']})" if row["group"] in ("eager", "seasoned", "slips") else "")
         pair, warned, fallen = cells[0], cells[1] or "never", cells[2] or "never"
         figures = f"{row['change']:+.2f} | {row['truncation']:.2f}"
         lines.append(f"| {title}{mark} | {pair} | {figures} | {warned} | {fallen} | {row['largest']:.2f} |")

@@ -47,7 +47,9 @@ WARMSTARTS = {
     "unsure_teacher": (UNSURE_TEACHER, 36_000),
     "unsure_student": (UNSURE_STUDENT, 1_500),
     "slipping_student": (SLIPPING_STUDENT, 6_000),
+    "seasoned_student": (SLIPPING_STUDENT, 36_000),
 }
+STEPS = {"seasoned_student": 1_500}  # each solution once; of the others, as many as their config says
 OTHER_ENDS = {"other_end_teacher": "bounded_teacher", "unsure_other_end_teacher": "unsure_teacher"}  # made of which
 SIZES = {"teacher": (128, 352, 4), "student": (96, 256, 3)}  # hidden, feed-forward, layers
 
@@ -104,7 +106,9 @@ def _make_model(name: str, pair: int, folder: Path) -> None:
     write_untrained(folder / "untrained" / name, make_tokenizer(), *SIZES[kind])
     run = folder / f"warmstart_{name}"
     config = HERE / f"warmstart_{kind}.yaml"
+    steps = [f"{key}={STEPS[name]}" for key in ("run.steps", "checkpoint.every") if name in STEPS]
     train(config, [
+        *steps,
         f"run.dir={run}",
         f"run.seed={pair + 1}",
         f"student.model={folder / 'untrained' / name}",

@@ -48,7 +48,7 @@ def main() -> None:
     tables["repeated"] = repeated_table(results["repeated"])
     tables["early_warning"] = early_warning_table(results["early_warning"])
     tables["early_warning_summary"] = early_warning_summary(results["early_warning"])
-    tables["slips_course"] = course_table(groups["slips"])
+    tables |= {f"{name}_course": course_table(groups[name]) for name in ("seasoned", "slips")}
     tables |= {name: runs_table(rows) for name, rows in groups.items()}
     page = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():
