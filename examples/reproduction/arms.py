@@ -78,8 +78,8 @@ EAGER = {
         "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
     ),
 }
-# Students and gold solutions that slip, which the teacher does not; the students have learnt what such solutions teach. Chosen on
-# pair 0 and frozen; then run on the others.
+# Students and gold solutions that slip, which the teacher does not; the students have learnt what such solutions teach.
+# Chosen on pair 0 and frozen; then run on the others.
 SEASONED_RECIPE = ("loss.reference_kl=0.05", "optimizer.decay=cosine")
 GOLD_ONLY = ("mixture.student=0",)
 SEASONED = {
