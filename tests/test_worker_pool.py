@@ -120,7 +120,7 @@ def test_ranks_that_hang_are_named_at_the_timeout_with_their_stacks(pool: Worker
     # Rank 0 has returned from the function and waits for rank 1 at the end of the run.
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 did not return within 5 s") as caught:
         pool.run(2, _hang_on, 1, timeout=5.0)
-    assert time.monotonic() - started < 300
+    assert time.monotonic() - started < 30
     _, _, stack_of_rank_1 = str(caught.value).partition("rank 1:")
     assert "in _hang_on" in stack_of_rank_1
     assert len(pool.run(2, _rank_and_size)) == 2
@@ -140,7 +140,7 @@ def test_closed_pool_leaves_no_process_not_even_its_workers_children() -> None:
         [sleeper] = own.run(1, _start_sleeper)
     finally:
         own.close()
-    deadline = time.monotonic() + 120  # the system may take a moment to carry out the kill
+    deadline = time.monotonic() + 30  # the system may take a moment to carry out the kill
     while (_lives(worker) or _lives(sleeper)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _lives(worker)

@@ -68,7 +68,9 @@ def test_engine_that_starts_anew_is_lost_at_its_first_failure() -> None:
 
 def test_requests_at_a_hung_engine_move_together_after_one_time_out() -> None:
     with FaultyServer(lambda _, number: "hang" if number >= 4 else "ok") as hung, FaultyServer() as good:
+        start = time.monotonic()
         responses, lost = run(hung, good, timeout=5.0)
+        assert time.monotonic() - start < 9.0  # one time-out, not two
         assert len(hung.asked) <= 8  # four answered, four in flight, and none after these
         check_all_answered(responses)
         assert lost == {hung.endpoint.url: f"SGLang server {hung.endpoint.url}: /generate: no answer in 5 s"}
@@ -193,7 +195,7 @@ def test_next_weights_wait_for_the_only_engine_while_it_starts_and_no_longer() -
     roster.lose(only, "test")
     start = time.monotonic()
     assert roster.candidates() == []
-    assert 0.9 < time.monotonic() - start < 300
+    assert 0.9 < time.monotonic() - start < 5
     roster = Roster("student", [only], patience=600.0)
     roster.lose(only, "test")
     roster.give_up(only, "test")
