@@ -10,6 +10,7 @@ from examples.reproduction.make_models import HERE, WORK
 CONFIG = HERE / "opd.yaml"
 PAIRS = (0, 1, 2)
 OPD = ("mixture.gold=0", "loss.reference_kl=0")
+GOLD_ONLY = ("mixture.student=0",)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ ARMS = {
     "reference_kl": Arm("OPD + reference KL", ("mixture.gold=0",)),
     "gold": Arm("OPD + gold", ("loss.reference_kl=0",)),
     "stableopd": Arm("StableOPD", ()),
-    "gold_only": Arm("gold only, no OPD", ("mixture.student=0",)),
+    "gold_only": Arm("gold only, no OPD", GOLD_ONLY),
 }
 CONTROLS = {
     "response_mean": control("response mean, not token mean", "loss.aggregation=response"),
@@ -72,16 +73,16 @@ UNSURE = {
 }
 # Students that check more and begin with more truncation.
 EAGER = {
-    "eager_opd": Arm("OPD", OPD, student="eager_student", pairs=(0,), baseline="eager_opd"),
-    "eager_stableopd": Arm("StableOPD", (), student="eager_student", pairs=(0,), baseline="eager_opd"),
-    "eager_gold_only": Arm(
-        "gold only, no OPD", ("mixture.student=0",), student="eager_student", pairs=(0,), baseline="eager_opd"
-    ),
+    name: Arm(title, terms, "eager_student", baseline="eager_opd")
+    for name, title, terms in (
+        ("eager_opd", "OPD", OPD),
+        ("eager_stableopd", "StableOPD", ()),
+        ("eager_gold_only", "gold only, no OPD", GOLD_ONLY),
+    )
 }
 # Students and gold solutions that slip, which the teacher does not; the students have learnt what such solutions teach.
 # Chosen on pair 0 and frozen; then run on the others.
 SEASONED_RECIPE = ("loss.reference_kl=0.05", "optimizer.decay=cosine")
-GOLD_ONLY = ("mixture.student=0",)
 SEASONED = {
     name: Arm(
         title, (*SEASONED_RECIPE, *terms), "seasoned_student", prompts="train_slipping.jsonl", baseline="seasoned_gold_only"
