@@ -13,11 +13,15 @@ from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_SYNC_FILE_RANGE_WRITE = 2  # fcntl.h
 # Looked up here: between fork and exec of a process with threads, a lock of the dynamic loader may be held for ever.
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _prctl = _libc.prctl if _libc is not None else None
 
 _mallopt = getattr(_libc, "mallopt", None)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def end_with_parent() -> None:
@@ -34,6 +38,15 @@ def reuse_memory() -> None:
     if _mallopt is not None:
         _mallopt(_M_MMAP_MAX, 0)
         _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def begin_sync(descriptor: int, start: int, nbytes: int) -> None:
+    """The system begins to write these bytes of a file to the disk, and this process goes on: ``fsync`` then waits less.
+
+    Elsewhere than on Linux, and where the file system refuses, the whole is left to ``fsync``.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, start, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 @contextmanager

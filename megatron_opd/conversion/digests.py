@@ -12,11 +12,13 @@ from blake3 import blake3
 
 from megatron_opd.conversion.workers import Report, Task
 from megatron_opd.mcore.checkpoint_files import STATE, list_files, read_files, root_cause
+from megatron_opd.processes import begin_sync
 from megatron_opd.types import OpdError
 
 MANIFEST = "manifest.json"
 _STORED = {".safetensors", ".distcp"}
 _BLOCK = 1 << 20  # bytes; what is digested is still in the processor's cache when it is written
+_SYNCED = 1 << 23  # bytes
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Digest:
 
 
 class Digesting:
-    """Passes on what is written, and keeps its digest."""
+    """Passes on what is written to a file, and keeps its digest. The disk has work while the next bytes are made."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._hash = stream, blake3()
+        self._stream, self._hash, self._begun = stream, blake3(), 0
         self.tell, self.flush = stream.tell, stream.flush
 
     def write(self, data: Any) -> int:
@@ -40,6 +42,9 @@ class Digesting:
             block = view[start : start + _BLOCK]
             self._hash.update(block)
             self._stream.write(block)
+            if (end := self.tell()) - self._begun >= _SYNCED:
+                begin_sync(self._stream.fileno(), self._begun, end - self._begun)
+                self._begun = end
         return len(view)
 
     def digest(self) -> Digest:
