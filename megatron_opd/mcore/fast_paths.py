@@ -86,9 +86,9 @@ def fast_paths(config: Config, student: TransformerConfig, platform: Platform, f
         yield FastPath(name, on, "compiled by torch" if on else engine or f"student.megatron.{key} is false")
     yield FastPath("fused masked softmax", False, "neither layer spec forms attention's scores by Megatron's softmax")
     accumulates = student.gradient_accumulation_fusion
-    needs = "Transformer Engine's" if layers else f"apex {found.apex}" if found.apex else "needs apex, which is not installed"
+    kernels = f"{'Transformer Engine and ' if layers else ''}apex {found.apex}"
     off = engine or "student.megatron.gradient_accumulation_fusion is false"
-    yield FastPath("fused gradient accumulation", accumulates, needs if accumulates else off)
+    yield FastPath("fused gradient accumulation", accumulates, kernels if accumulates else off)
     fused_adam = found.adam in ("transformer_engine", "apex")
     torchs = "torch's AdamW: neither Transformer Engine nor apex is installed"
     yield FastPath("fused Adam", fused_adam, f"of {found.adam}" if fused_adam else torchs)

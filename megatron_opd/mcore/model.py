@@ -252,6 +252,12 @@ def transformer_config(
             f"student.megatron.recompute_modules: {', '.join(sorted(unavailable))} cannot be recomputed without "
             "Transformer Engine; take core_attn, mlp or moe"
         )
+    # Transformer Engine's layers have their own kernel; the LM head is Megatron's own layer under either spec.
+    if native.get("gradient_accumulation_fusion") and not platform.has_apex_accumulation():
+        raise OpdError(
+            "student.megatron.gradient_accumulation_fusion: true needs apex with its CUDA extensions, which is not installed "
+            "here; set it to false"
+        )
     try:
         return config_class(**as_fused({**defaults, **derived, **native}))
     except (TypeError, ValueError, AssertionError) as error:

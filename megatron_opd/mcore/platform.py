@@ -54,6 +54,11 @@ class Platform:
             return None
         return int(major), int(minor)
 
+    @staticmethod
+    def has_apex_accumulation() -> bool:
+        """Whether apex's kernel is there, with which Megatron's own layers add to their weights' gradients."""
+        return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
     def device_count(self) -> int | None:
         """Visible GPUs; None on CPU, where as many ranks run as are asked for."""
         return torch.cuda.device_count() if self.device.type == "cuda" else None

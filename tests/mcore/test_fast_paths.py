@@ -15,6 +15,7 @@ from megatron_opd.config_file import validate_config
 from megatron_opd.mcore.fast_paths import FastPath, Installed, fast_paths, installed
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import check_models
+from megatron_opd.types import OpdError
 from tests import runs
 
 NGC = Installed("2.9.0", "0.1", "2.7.4", "3.4.0", "transformer_engine", fused_rope=True)
@@ -102,6 +103,13 @@ def test_what_the_user_turned_off(tree: dict[str, Any], native: dict[str, Any], 
 
 def test_what_the_user_turned_on(tree: dict[str, Any]) -> None:
     assert on(found(tree, GPU, NGC, {"gradient_accumulation_fusion": True})) == {*ALL, "fused gradient accumulation"}
+
+
+def test_apex_kernel_that_is_not_there(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Platform, "has_apex_accumulation", lambda _: False)
+    student = {**tree["student"], "parallel": {}, "megatron": {"gradient_accumulation_fusion": True}}
+    with pytest.raises(OpdError, match=r"student\.megatron\.gradient_accumulation_fusion: true needs apex .* set it to false"):
+        check_models(validate_config({**tree, "student": student}), GPU, 1)
 
 
 def test_the_loss_that_has_no_kernels_and_the_attention_that_is_left(tree: dict[str, Any]) -> None:
