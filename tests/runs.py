@@ -74,6 +74,18 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
         time.sleep(0.02)
 
 
+def wait_for_engines(process: subprocess.Popen[str], run_dir: Path, engines: int, after: int) -> int:
+    """The first step after ``after`` whose rollouts came from so many engines."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        for record in metrics(run_dir):
+            if record["step"] > after and record["rollout/engines"] == engines:
+                return int(record["step"])
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def kill_after_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """SIGKILL to all of its processes as soon as the metrics show ``step``."""
     wait_for_step(process, run_dir, step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +81,13 @@ def test_server_that_is_killed_between_steps_comes_back_with_the_weights_of_then
     process = runs.start(tmp_path, config, "run.steps=400")
     run_dir = tmp_path / "run"
 
-    def wait_for(engines: int, after: int) -> int:
-        deadline = time.monotonic() + runs.TIMEOUT_SECONDS
-        while True:
-            for record in runs.metrics(run_dir):
-                if record["step"] > after and record["rollout/engines"] == engines:
-                    return int(record["step"])
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
     try:
-        started = wait_for(2, after=2)
+        started = runs.wait_for_engines(process, run_dir, 2, after=2)
         victim = servers_of(process)[0]
         os.killpg(victim.pid, signal.SIGKILL)
-        lost = wait_for(1, after=started)
-        back = wait_for(2, after=lost)
-        wait_for(2, after=back + 3)
+        lost = runs.wait_for_engines(process, run_dir, 1, after=started)
+        back = runs.wait_for_engines(process, run_dir, 2, after=lost)
+        runs.wait_for_engines(process, run_dir, 2, after=back + 3)
         steps = runs.metrics(run_dir)
         assert [record["policy_version"] for record in steps] == list(range(1, len(steps) + 1))
         assert all(record["policy/lag_max"] == 0 for record in steps)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.serve import _planned
 from megatron_opd.sglang.server import free_port
 from tests import runs
-from tests.sglang.conftest import START_UP_SECONDS
 from tests.sglang.test_runs import sglang_inputs
 
 pytestmark = pytest.mark.sglang
@@ -68,18 +66,6 @@ def server_of(serving: subprocess.Popen[str]) -> psutil.Process:
     return server
 
 
-def wait_for(process: subprocess.Popen[str], run_dir: Path, engines: int, after: int) -> int:
-    """The first step after ``after`` whose rollouts came from so many engines."""
-    deadline = time.monotonic() + START_UP_SECONDS
-    while True:
-        for record in runs.metrics(run_dir):
-            if record["step"] > after and record["rollout/engines"] == engines:
-                return int(record["step"])
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_a_run_attaches_and_has_a_lost_server_back_when_its_command_has_started_it_again(
     served: tuple[Path, dict[str, Any], list[subprocess.Popen[str]]],
 ) -> None:
@@ -87,13 +73,13 @@ def test_a_run_attaches_and_has_a_lost_server_back_when_its_command_has_started_
     run_dir = folder / "run"
     process = runs.start(folder, config)
     try:
-        started = wait_for(process, run_dir, 2, after=2)
+        started = runs.wait_for_engines(process, run_dir, 2, after=2)
         victim = server_of(serving[1])
         assert not OF_TRAINING.keys() & victim.environ().keys()
         os.killpg(victim.pid, signal.SIGKILL)
-        lost = wait_for(process, run_dir, 1, after=started)
-        back = wait_for(process, run_dir, 2, after=lost)
-        wait_for(process, run_dir, 2, after=back + 3)
+        lost = runs.wait_for_engines(process, run_dir, 1, after=started)
+        back = runs.wait_for_engines(process, run_dir, 2, after=lost)
+        runs.wait_for_engines(process, run_dir, 2, after=back + 3)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=runs.TIMEOUT_SECONDS)
     finally:
