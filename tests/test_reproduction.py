@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.reproduction import make_models
 from examples.reproduction.arms import ARMS, CONFIG, EVERY, SEASONED, SLIPS, Arm, command_overrides
 from examples.reproduction.final import Response
 from examples.reproduction.make_models import (
@@ -165,6 +167,20 @@ def test_the_interval_of_a_difference_holds_it_and_is_as_wide_as_the_pairs_are_d
     unlike = difference([responses(50), responses(60), responses(70)], [responses(40)] * 3)
     assert unlike["mean"] == pytest.approx(0.2)
     assert unlike["high"] - unlike["low"] > alike["high"] - alike["low"]
+
+
+def test_held_out_problems_are_no_prompts_and_each_pair_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_models, "WORK", tmp_path)
+    make_models.make_data(0)
+    make_models.make_data(1)
+
+    def questions(file: str) -> set[str]:
+        return {json.loads(line)["prompt"] for line in (tmp_path / file).read_text().splitlines()}
+
+    shared, first, second = (questions(file) for file in ("heldout.jsonl", "pair-0/heldout.jsonl", "pair-1/heldout.jsonl"))
+    assert len(shared) == len(first) == len(second) == make_models.HELDOUT
+    assert not (first | shared) & questions("pair-0/train.jsonl") and not first & shared
+    assert len(first & second) < 10  # drawn from the same problems by other seeds
 
 
 def test_what_several_want_is_made_once(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ class Arm:
     teacher: str = "teacher"
     prompts: str = "train.jsonl"  # a file of the pair
     pairs: tuple[int, ...] = PAIRS
+    own_heldout: bool = False  # evaluated at the end on problems of the pair's own, by which nothing was chosen
     baseline: str = "opd"  # what its accuracy is compared with
 
 
@@ -81,11 +82,17 @@ EAGER = {
     )
 }
 # Students and gold solutions that slip, which the teacher does not; the students have learnt what such solutions teach.
-# Chosen on pair 0 and frozen; then run on the others.
+# Chosen on pair 0 and frozen; then run on the others. The last pair has been in no other run.
 SEASONED_RECIPE = ("loss.reference_kl=0.05", "optimizer.decay=cosine")
 SEASONED = {
     name: Arm(
-        title, (*SEASONED_RECIPE, *terms), "seasoned_student", prompts="train_slipping.jsonl", baseline="seasoned_gold_only"
+        title,
+        (*SEASONED_RECIPE, *terms),
+        "seasoned_student",
+        prompts="train_slipping.jsonl",
+        pairs=(*PAIRS, 3),
+        baseline="seasoned_gold_only",
+        own_heldout=True,
     )
     for name, title, terms in (
         ("seasoned_gold_only", "gold only, no OPD", GOLD_ONLY),
@@ -172,6 +179,11 @@ EVERY = {name: arm for group in GROUPS.values() for name, arm in group.items()}
 
 def run_folder(name: str, pair: int) -> Path:
     return WORK / "runs" / f"{name}-{pair}"
+
+
+def heldout_file(name: str, pair: int) -> Path:
+    """What the run ``name`` of ``pair`` is evaluated on when it is over."""
+    return (WORK / f"pair-{pair}" if EVERY[name].own_heldout else WORK) / "heldout.jsonl"
 
 
 def command_overrides(name: str, pair: int) -> list[str]:

@@ -65,11 +65,14 @@ def main() -> None:
 
 
 def make_data(pair: int) -> None:
-    """``heldout.jsonl``, the same for all pairs; the pair's prompts with gold solutions, in two styles."""
+    """``heldout.jsonl``, the same for all pairs, and the pair's own; the pair's prompts with gold solutions, in two styles."""
     heldout = list(islice(problems("heldout"), HELDOUT))
     write(WORK / "heldout.jsonl", heldout, GOLD, "heldout")
     asked = {problem.question for problem in heldout}
     train = list(islice((each for each in problems(f"train {pair}") if each.question not in asked), TRAIN))
+    asked |= {problem.question for problem in train}
+    own = list(islice((each for each in problems(f"heldout {pair}") if each.question not in asked), HELDOUT))
+    write(WORK / f"pair-{pair}" / "heldout.jsonl", own, GOLD, f"heldout {pair}")
     write(WORK / f"pair-{pair}" / "train.jsonl", train, GOLD, f"train {pair}")
     write(WORK / f"pair-{pair}" / "train_student_style.jsonl", train, STUDENT, f"train {pair}")
     write(WORK / f"pair-{pair}" / "train_slipping.jsonl", train, SLIPPING_GOLD, f"train {pair}")

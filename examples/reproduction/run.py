@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from examples.reproduction import figures, table
-from examples.reproduction.arms import CONFIG, EVERY, GROUPS, PAIRS, command_overrides, run_folder
+from examples.reproduction.arms import CONFIG, EVERY, GROUPS, command_overrides, heldout_file, run_folder
 from examples.reproduction.final import evaluate_model, evaluate_run
 from examples.reproduction.make_models import WORK, alone, make_data, make_model
 
@@ -29,11 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the failure of on-policy distillation and its cure")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["arms"], help="of runs; default: the five arms")
     parser.add_argument("--runs", nargs="+", choices=list(EVERY), help="these instead")
-    parser.add_argument("--pairs", nargs="+", type=int, default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", type=int, help="of models; default: all that these runs have")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     args = parser.parse_args()
     names = args.runs or [name for group in args.groups for name in GROUPS[group]]
-    todo = [(name, pair) for pair in args.pairs for name in names if pair in EVERY[name].pairs]
+    pairs = args.pairs or sorted({pair for name in names for pair in EVERY[name].pairs})
+    todo = [(name, pair) for pair in pairs for name in names if pair in EVERY[name].pairs]
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as workers:
@@ -55,7 +56,11 @@ def main() -> None:
 def run(name: str, pair: int) -> None:
     """Train and evaluate, unless a run of the same config is there. A run that was broken off begins anew."""
     folder, overrides = run_folder(name, pair), command_overrides(name, pair)
-    identity = {"config": CONFIG.read_text(encoding="utf-8"), "overrides": overrides}
+    identity = {
+        "config": CONFIG.read_text(encoding="utf-8"),
+        "overrides": overrides,
+        "heldout": str(heldout_file(name, pair)),
+    }
     done = folder / "done.json"
     with alone(folder):
         if done.exists() and json.loads(done.read_text(encoding="utf-8"))["identity"] == identity:

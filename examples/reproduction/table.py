@@ -93,7 +93,7 @@ def rows_of(names: Iterable[str], earlier: Sequence[Row]) -> list[Row]:
 def recipe(name: str) -> list[str]:
     """What tells the arm's runs from others."""
     arm = EVERY[name]
-    return [*arm.overrides, arm.student, arm.teacher, arm.prompts]
+    return [*arm.overrides, arm.student, arm.teacher, arm.prompts, *(["own heldout"] if arm.own_heldout else [])]
 
 
 def done(name: str, pair: int) -> bool:
