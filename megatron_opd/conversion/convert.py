@@ -21,7 +21,6 @@ from megatron_opd.conversion.weights import HFWeights, MegatronWeights, entry_by
 from megatron_opd.conversion.workers import Report, StartReport
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
-from megatron_opd.mcore.families import LM_HEAD
 from megatron_opd.mcore.hf_mapping import by_tensors, entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.sharding import Entry
@@ -31,7 +30,7 @@ from megatron_opd.types import OpdError
 
 RELEASE = "release"  # Megatron-LM's name for weights that no training step of its own has made
 HF_FILES = "hf"  # beside it: config.json, tokenizer and so on, byte for byte
-_FORMAT = 4  # counts up when other files are written for the same model: those of before are not gone on with
+_FORMAT = 5  # counts up when other files are written for the same model: those of before are not gone on with
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
     read = _Source([source])
     weights = HFWeights(folder, model_spec(folder, parallel, "source", axes="--"))
     checks = [] if work.trusting else source_checks([source])
-    if weights.repeats_head:
-        work.say(f"{source}: {LM_HEAD.hf[0]} repeats the embedding that it is tied to, and is left out")
+    for line in weights.left_out:
+        work.say(f"{source}: {line}")
     spec = weights.spec
     table = {entry.megatron: entry for entry in entries(spec.architecture, spec.dims)}
     dtypes = {name: (None if entry.buffer else dtype) or _one_dtype(weights, entry) for name, entry in table.items()}
@@ -87,11 +86,11 @@ def to_megatron(source: Path, target: Path, parallel: ParallelConfig, dtype: tor
     needed = sum(place.numel * dtypes[name].itemsize for name in table for place in plan.places[name])
     identity = _identity("to-megatron", read, dtype, work, layout=parallel.model_dump())
     with new_folder(target, needed, identity, work.say) as partial:
-        ends = partial.write([output(number) for number in range(len(files.names))], checks, work.processes, work.start)
-        files.finish(partial.folder / RELEASE, ends)
-        copy_all_but_weights(source, partial.folder / HF_FILES)
+        copy_all_but_weights(source, partial.folder / HF_FILES)  # first: what cannot be read should not end hours of work
         if dtype is not None:
             _set_dtype(partial.folder / HF_FILES / "config.json", dtype)
+        ends = partial.write([output(number) for number in range(len(files.names))], checks, work.processes, work.start)
+        files.finish(partial.folder / RELEASE, ends)
         (partial.folder / LATEST).write_text(RELEASE, encoding="utf-8")
         read.check_unchanged()
 
@@ -107,7 +106,7 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
     check_links(files.path)
     weights = MegatronWeights(source, model_spec(files, ParallelConfig(), "source"))
     read = _Source([weights.path, files.path])
-    checks = [] if work.trusting else source_checks([source, weights.path])
+    checks = [] if work.trusting else source_checks([source, weights.path, weights.path.parent])
     # One Hugging Face tensor, or the stack of a layer's experts, is written entry by entry.
     groups = list(by_tensors(entries(weights.spec.architecture, weights.spec.dims)))
     buffers = {name for group in groups if group[0].buffer for name in group[0].hf}
@@ -135,14 +134,14 @@ def to_hf(source: Path, target: Path, config: Path | None, dtype: torch.dtype | 
 
     identity = _identity("to-hf", read, dtype, work)
     with new_folder(target, sum(info.nbytes for info in infos.values()), identity, work.say) as partial:
-        partial.write([output(*each) for each in zip(stored, shards, strict=True)], checks, work.processes, work.start)
-        write_index(partial.folder, stored)
         copy_all_but_weights(files.path, partial.folder)
         stored_as = {info.dtype for name, info in infos.items() if name not in buffers}
         if dtype is not None or (config is not None and len(stored_as) == 1):  # of another folder than the weights
             (written,) = stored_as
             if _set_dtype(partial.folder / "config.json", written) and dtype is None:
                 work.say(f"{target / 'config.json'}: dtype is now that of the checkpoint's weights, {_name(written)}")
+        partial.write([output(*each) for each in zip(stored, shards, strict=True)], checks, work.processes, work.start)
+        write_index(partial.folder, stored)
         read.check_unchanged()
 
 

@@ -83,9 +83,17 @@ class SourceCheck:
 
 
 def source_checks(folders: Sequence[Path]) -> list[SourceCheck]:
-    """Of all files of weights, in the order of their numbers. Raises OpdError where a manifest or state is damaged."""
-    checks = [SourceCheck(folder, *each) for folder in folders for each in _recorded(folder).items()]
-    return sorted(checks, key=lambda check: (len(check.name), check.name))
+    """Of all files of weights in ``folders``, in the order of their numbers; each once, though several may record it.
+
+    Raises OpdError where a manifest or state is damaged.
+    """
+    checks = {
+        (folder / name).resolve(): SourceCheck(folder, name, expected)
+        for folder in folders
+        for name, expected in recorded(folder).items()
+        if Path(name).suffix in _STORED or Path(name).name == ".metadata"
+    }
+    return sorted(checks.values(), key=lambda check: (len(check.name), check.name))
 
 
 def file_check(folder: Path, name: str, expected: Digest) -> Task[list[str]]:
@@ -93,18 +101,21 @@ def file_check(folder: Path, name: str, expected: Digest) -> Task[list[str]]:
     return lambda report: _difference(folder, name, expected, report)
 
 
-def _recorded(folder: Path) -> dict[str, Digest]:
-    """Of the weights' files, by a conversion's manifest or a run's ``state.json``. Raises OpdError."""
+def recorded(folder: Path) -> dict[str, Digest]:
+    """By a conversion's manifest or a run's ``state.json``; nothing where there is neither. Raises OpdError."""
     files = manifest(folder)
     if (folder / STATE).is_file():
         files |= {name: Digest(*entry) for name, entry in read_files(folder).items()}
-    return {name: entry for name, entry in files.items() if Path(name).suffix in _STORED or Path(name).name == ".metadata"}
+    return files
 
 
 def _difference(folder: Path, name: str, expected: Digest, report: Report) -> list[str]:
     file = folder / name
     if not file.is_file():
         return [f"{file}: missing"]
-    found = Digest(*list_files([file], folder, to_disk=False)[name])
+    try:
+        found = Digest(*list_files([file], folder, to_disk=False)[name])
+    except OSError as error:
+        raise OpdError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
     report(expected.nbytes)
     return [] if found == expected else [f"{file}: has changed since it was written"]

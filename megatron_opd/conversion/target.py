@@ -17,9 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
 from megatron_opd.conversion.digests import MANIFEST, Digest, Digesting, SourceCheck, manifest_text
 from megatron_opd.conversion.workers import Interrupted, Report, StartReport, Task, portable, share
-from megatron_opd.hf_folder import INDEX
 from megatron_opd.mcore.checkpoint_files import list_files, root_cause
 from megatron_opd.types import OpdError
 
@@ -146,7 +147,7 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
             _check_disk(
                 target, needed - sum(written.digest.nbytes for written in result.finished.values()) if result else needed
             )
-            result = result or _begun(partial, identity, stack)
+            result = result or _begun(partial, target, identity, stack)
         except OSError as error:
             _remove_empty(parents)
             raise OpdError(f"{target}: cannot be written ({root_cause(error)}); give another target") from error
@@ -169,8 +170,15 @@ def new_folder(target: Path, needed: int, identity: dict[str, Any], say: Callabl
 
 
 def _remove(partial: Path, parents: Sequence[Path]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):
+        _discard(partial)
     _remove_empty(parents)
+
+
+def _discard(partial: Path) -> None:
+    """The journal last: a kill in the midst leaves what is still known to be a conversion's."""
+    shutil.rmtree(partial / _FILES, ignore_errors=True)
+    shutil.rmtree(partial)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -202,14 +210,14 @@ def _resumed(
             say(f"{partial}: resumed; {len(finished)} files are finished")
             return Partial(files, journal, finished)
     say(f"{partial}: not of this source with these options and versions; thrown away")
-    shutil.rmtree(partial)
+    _discard(partial)
     return None
 
 
-def _begun(partial: Path, identity: dict[str, Any], stack: ExitStack) -> Partial:
+def _begun(partial: Path, target: Path, identity: dict[str, Any], stack: ExitStack) -> Partial:
     partial.mkdir(parents=True)
     journal = stack.enter_context((partial / _JOURNAL).open("x+b"))
-    _lock(journal, partial)
+    _lock(journal, target)
     _append(journal, identity)
     (partial / _FILES).mkdir()
     return Partial(partial / _FILES, journal, {})
@@ -278,8 +286,21 @@ def check_links(folder: Path) -> None:
 
 
 def copy_all_but_weights(source: Path, target: Path) -> None:
-    """config.json, generation config, tokenizer and whatever else lies there, byte for byte."""
+    """config.json, generation config, tokenizer and whatever else lies there, byte for byte; of folders, chat templates.
+
+    Raises OpdError where one cannot be read.
+    """
     target.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (INDEX, MANIFEST):
-            shutil.copyfile(file, target / file.name)
+    for file in (*source.iterdir(), *(source / CHAT_TEMPLATE_DIR).rglob("*")):
+        if file.is_file() and not is_of_weights(file.name):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            try:
+                shutil.copyfile(file, copy)
+            except PermissionError as error:
+                raise OpdError(f"{file}: cannot be read ({error.strerror}); let this user read it") from error
+
+
+def is_of_weights(name: str) -> bool:
+    """Weights, their index or a manifest, which each folder has of its own."""
+    return Path(name.removesuffix(".index.json")).suffix in _WEIGHTS or name == MANIFEST

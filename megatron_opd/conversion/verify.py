@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import HF_FILES
-from megatron_opd.conversion.digests import MANIFEST, file_check, manifest
+from megatron_opd.conversion.digests import file_check, recorded
+from megatron_opd.conversion.target import is_of_weights
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, entry_bytes, same
 from megatron_opd.conversion.workers import Report, StartReport, Task, share
-from megatron_opd.hf_folder import INDEX, TEXTS, HFFolder
+from megatron_opd.hf_folder import TEXTS, HFFolder
 from megatron_opd.mcore.hf_mapping import Entry, entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.torch_dist import consecutive
@@ -30,7 +33,7 @@ def differences(one: Path, other: Path, config: Path | None, processes: int, sta
     Raises OpdError where a folder is no model.
     """
     mine, theirs = config_for(one, other, config)
-    files = [(folder, name, expected) for folder in (one, other) for name, expected in manifest(folder).items()]
+    files = [(folder, name, expected) for folder in (one, other) for name, expected in recorded(folder).items()]
     left, right = _open(one, mine), _open(other, theirs)
     there = {entry.megatron: entry.hf for entry in entries(right.spec.architecture, right.spec.dims)}
     common = [e for e in entries(left.spec.architecture, left.spec.dims) if there.get(e.megatron) == e.hf]
@@ -106,5 +109,6 @@ def _config_differences(one: Path, other: Path) -> Iterator[str]:
 
 def _texts(folder: Path) -> set[str]:
     """Tokenizer, generation config and the like."""
-    left_out = {"config.json", INDEX, MANIFEST}
-    return {file.name for file in folder.iterdir() if file.is_file() and file.suffix in TEXTS} - left_out
+    files = [*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).rglob("*")]
+    texts = (file for file in files if file.is_file() and file.suffix in TEXTS and not is_of_weights(file.name))
+    return {str(file.relative_to(folder)) for file in texts} - {"config.json"}

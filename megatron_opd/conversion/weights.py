@@ -25,6 +25,7 @@ from megatron_opd.mcore.weight_places import blueprint
 from megatron_opd.types import OpdError
 
 _LISTED = 8
+_FREQUENCIES = ".rotary_emb.inv_freq"  # folders as old as Llama-2's have them; transformers computes its own
 
 
 class Weights(Protocol):
@@ -58,10 +59,15 @@ class HFWeights:
         mapped = {name for entry in entries(spec.architecture, spec.dims) for name in entry.hf}
         check_names(expected, mapped, f"{folder.path / 'config.json'}", "use a config.json of a supported model")
         found = set(folder.headers)
-        self.repeats_head = spec.dims.tied and LM_HEAD.hf[0] in found
-        if self.repeats_head:
+        self.left_out = []  # lines on what there is but says nothing new
+        if spec.dims.tied and LM_HEAD.hf[0] in found:
             self._check_repeated_head()
             found.remove(LM_HEAD.hf[0])
+            self.left_out.append(f"{LM_HEAD.hf[0]} repeats the embedding that it is tied to, and is left out")
+        frequencies = {name for name in found if name.endswith(_FREQUENCIES)}
+        if frequencies:
+            found -= frequencies
+            self.left_out.append(f"{_list(frequencies)} follow from config.json, and are left out")
         check_names(found, expected, str(folder.path), "use the config.json that belongs to these weights")
         folder.check_tensors()
         self.tensors = {
@@ -149,7 +155,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _list(names: list[str]) -> str:
-    names = sorted(names)
+def _list(unordered: Collection[str]) -> str:
+    names = sorted(unordered)
     more = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -74,6 +74,7 @@ def arguments(spec: ModelSpec, config: TransformerConfig, layout: ParallelLayout
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
         untie_embeddings_and_output_weights=not spec.dims.tied,
+        vocab_size=spec.dims.vocab_size,
         padded_vocab_size=spec.dims.padded_vocab_size,
         make_vocab_size_divisible_by=spec.dims.padded_vocab_size,
         num_experts=config.num_moe_experts,
@@ -183,6 +184,32 @@ def check_weights(path: Path, spec: ModelSpec, key: str) -> None:
         raise OpdError(f"{key}: {path} has {layers} layers, config.json {dims.layers}; give the checkpoint of that model")
     if not dims.tied and LM_HEAD.megatron not in sizes:
         raise OpdError(f"{key}: {path} has no tensor {LM_HEAD.megatron}, and config.json does not tie the embeddings")
+    _check_arguments(path, spec, key)
+
+
+def _check_arguments(path: Path, spec: ModelSpec, key: str) -> None:
+    """What sizes alone do not tell, by the checkpoint's own arguments, as far as it has them. Raises OpdError."""
+    try:
+        given = vars(dist_checkpointing.load_common_state_dict(str(path)).get("args") or Namespace())
+    except Exception as error:  # unpickling what is damaged raises any kind
+        raise OpdError(f"{path}: its arguments cannot be read ({root_cause(error)}); copy the checkpoint again") from error
+    heads, dims = given.get("num_attention_heads"), spec.dims
+    found: dict[str, tuple[int | None, int | None]] = {"attention heads": (heads, dims.heads)}
+    if given.get("multi_latent_attention"):
+        names = {"qk_head_dim": "qk_nope_head_dim", "qk_pos_emb_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim"}
+        found |= {theirs: (given.get(own), spec.hf.to_dict().get(theirs)) for own, theirs in names.items()}
+    else:
+        groups = given.get("num_query_groups") if given.get("group_query_attention") else heads
+        found["key-value heads"] = groups, dims.query_groups
+        found["channels to a head"] = given.get("kv_channels"), dims.head_dim
+    for what, (saved, asked) in found.items():
+        if saved is not None and saved != asked:
+            raise OpdError(f"{key}: {path} has {saved} {what}, config.json {asked}; give the config.json of that model")
+    rows = given.get("vocab_size")  # the rows beyond it are padding; not always given
+    if rows is not None and rows > dims.vocab_size:
+        raise OpdError(
+            f"{key}: {path} has a vocabulary of {rows}, config.json {dims.vocab_size}; give the config.json of that model"
+        )
 
 
 def content_metadata(path: Path) -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from blake3 import blake3
 
 from megatron_opd.conversion import target as target_module
+from megatron_opd.conversion.target import Partial
 from megatron_opd.hf_folder import SINGLE
 from tests.conversion.folders import convert, edit_config, edit_weights, make
 from tests.tiny_models import make_model
@@ -40,6 +41,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("convert: ") and len([line for line in error if line.startswith("convert: ")]) == 1
     assert len(error) == 1 or all("GB" in line for line in error[:-1])  # progress
+    target = Path(str(arguments[2]))
+    assert not target.exists() or [path.name for path in target.iterdir()] == ["mine"]  # of the test itself
     return error[-1]
 
 
@@ -160,6 +163,17 @@ MEGATRON_CASES = {
         lambda folder: edit_config(folder / "hf", architectures=["LlamaForCausalLM"], model_type="llama"),
         ("q_layernorm.weight", "unexpected", "give"),
     ),
+    "config with other heads": Case(
+        lambda folder: edit_config(folder / "hf", num_attention_heads=8, head_dim=8, num_key_value_heads=4),
+        ("4 attention heads, config.json 8", "give the config.json of that model"),
+    ),
+    "config with other groups": Case(
+        lambda folder: edit_config(folder / "hf", num_key_value_heads=1, head_dim=32, num_attention_heads=4),
+        ("2 key-value heads, config.json 1",),
+    ),
+    "config of a smaller vocabulary": Case(
+        lambda folder: edit_config(folder / "hf", vocab_size=90), ("a vocabulary of 101, config.json 90", "give")
+    ),
     "config that ties what is not tied": Case(
         lambda folder: edit_config(folder / "hf", tie_word_embeddings=True), ("output_layer.weight unexpected", "give")
     ),
@@ -262,7 +276,28 @@ def test_bit_that_flipped_since_the_conversion_is_found_by_the_next_one(
     line = refusal(capsys, command, source, tmp_path / "out")
     assert f"{file}: has changed since it was written" in line and "--trust-source" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "source"]
+    if command == "to-hf":  # the manifest lies beside the folder that is named
+        line = refusal(capsys, command, source / "release", tmp_path / "out", "--hf", source / "hf")
+        assert f"{file}: has changed since it was written" in line
     assert convert(command, source, tmp_path / "out", "--trust-source") == 0
+
+
+@pytest.mark.parametrize("command", ["to-megatron", "to-hf"])
+def test_tokenizer_that_cannot_be_read_ends_it_before_any_weights_are_written(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    copyfile = shutil.copyfile
+
+    def failing(source: Path, target: Path) -> object:
+        if source.name == "tokenizer_config.json":
+            raise PermissionError(13, "Permission denied", str(source))
+        return copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", failing)
+    monkeypatch.setattr(Partial, "write", lambda *_: pytest.fail("weights are written"))
+    source = good / ("model" if command == "to-megatron" else "megatron")
+    line = refusal(capsys, command, source, tmp_path / "out")
+    assert "tokenizer_config.json: cannot be read (Permission denied)" in line and not list(tmp_path.iterdir())
 
 
 def test_header_with_a_gap_or_bytes_behind_the_last_tensor_is_refused(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,34 @@ def test_too_little_memory_ends_in_one_line_and_more_of_it_goes_on(tmp_path: Pat
     assert capped(512, ["verify", str(tmp_path / "model"), str(tmp_path / "out")]).returncode == 0
 
 
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_within_the_same_memory(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", max_shard_size="60MB", **MODELS["dense"])
+    for command, source, target in (("to-megatron", "model", "megatron"), ("to-hf", "megatron", "back")):
+        options = ["--processes", "2", "--shard-gb", "0.03"]
+        assert capped(CAP_MIB, [command, str(tmp_path / source), str(tmp_path / target), *options]).returncode == 0
+        killed = [command, str(tmp_path / source), str(tmp_path / f"{target}-killed"), *options]
+        process = subprocess.Popen(capped_command(CAP_MIB, killed), stderr=subprocess.DEVNULL)
+        journal = tmp_path / f".{target}-killed.partial" / "journal.jsonl"
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:  # what is converted, and two files
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / f"{target}-killed").exists()
+        resumed = capped(CAP_MIB, killed)
+        assert resumed.returncode == 0, resumed.stderr[-500:]
+        assert "resumed; " in resumed.stderr
+        names = [sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+                 for folder in (tmp_path / target, tmp_path / f"{target}-killed")]  # fmt: skip
+        assert names[0] == names[1]
+        _, *unequal = filecmp.cmpfiles(tmp_path / target, tmp_path / f"{target}-killed", map(str, names[0]), shallow=False)
+        assert unequal == [[], []]
+
+
 def capped(mib: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.conversion.capped", str(mib), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(capped_command(mib, arguments), capture_output=True, text=True)
+
+
+def capped_command(mib: int, arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "tests.conversion.capped", str(mib), *arguments]

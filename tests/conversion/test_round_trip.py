@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_opd.data.tokenizers import load_tokenizer
 from megatron_opd.hf_folder import SINGLE
+from megatron_opd.mcore.checkpoint_files import STATE, list_files
 from tests.conversion.folders import FAMILIES, convert, edit_config, edit_weights, identical, make, other_files, tensors
+from tests.data.test_raw_tokenizers import sentencepiece_folder, tiktoken_folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,3 +112,64 @@ def test_verify_finds_a_file_that_changed_since_the_conversion(tmp_path: Path, c
     assert convert("verify", model, megatron) == 1
     lines = [f"{file}: has changed since it was written", "tokenizer.json: differs", "2 differences"]
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_verify_finds_a_file_of_a_run_that_changed_since_it_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, megatron = make(tmp_path / "model"), tmp_path / "megatron"
+    assert convert("to-megatron", model, megatron) == 0
+    saved = megatron / "release"  # as one of a run's checkpoints, but for what the trainer alone needs
+    files = list_files([file for file in saved.iterdir() if file.is_file()], saved, to_disk=False)
+    (saved / STATE).write_text(json.dumps({"files": files}))
+    assert convert("verify", model, saved) == 0
+    with (saved / "common.pt").open("ab") as file:
+        file.write(b"x")
+    capsys.readouterr()
+    assert convert("verify", model, saved) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{saved / 'common.pt'}: has changed since it was written",
+        "1 differences",
+    ]
+
+
+def test_inverse_frequencies_that_old_folders_store_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(tmp_path / "model", arch="llama")
+    whole = tensors(model)
+    edit_weights(model, **{f"model__layers__{layer}__self_attn__rotary_emb__inv_freq": torch.ones(8) for layer in range(2)})
+    capsys.readouterr()
+    assert convert("to-megatron", model, tmp_path / "megatron") == 0
+    assert "model.layers.1.self_attn.rotary_emb.inv_freq follow from config.json, and are left out" in capsys.readouterr().err
+    assert convert("to-hf", tmp_path / "megatron", tmp_path / "back") == 0
+    assert identical(whole, tensors(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_tokenizers_without_a_tokenizer_json_arrive_and_are_readable(tmp_path: Path, kind: str) -> None:
+    model = make(tmp_path / "model", arch="llama")
+    config = (model / "config.json").read_text()
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    _ = sentencepiece_folder(model) if kind == "sentencepiece" else tiktoken_folder(model)
+    (model / "config.json").write_text(config)
+    assert convert("to-megatron", model, tmp_path / "megatron") == 0
+    assert convert("to-hf", tmp_path / "megatron", tmp_path / "back") == 0
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
+    text = "Natalia sold clips to 48 of her friends."
+    ids = [load_tokenizer(folder).encode(text) for folder in (model, tmp_path / "megatron" / "hf", tmp_path / "back")]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) > 5
+
+
+def test_chat_templates_in_their_folder_arrive_and_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert convert("to-megatron", model, tmp_path / "megatron") == 0
+    assert convert("to-hf", tmp_path / "megatron", tmp_path / "back") == 0
+    copy = tmp_path / "back" / "additional_chat_templates" / "tool_use.jinja"
+    assert copy.read_text() == "{{ messages }}"
+    assert convert("verify", model, tmp_path / "back") == 0
+    copy.unlink()
+    capsys.readouterr()
+    assert convert("verify", model, tmp_path / "back") == 1
+    assert f"additional_chat_templates/tool_use.jinja: only in {model}" in capsys.readouterr().out
