@@ -24,11 +24,14 @@ LAYOUTS = {
     "tp2": ParallelConfig(tp=2),
     "pp2": ParallelConfig(pp=2),
     "ep2": ParallelConfig(ep=2, dp=2),
+    "tp2 x pp2": ParallelConfig(tp=2, pp=2),
     "tp2 sp x ep2": ParallelConfig(tp=2, ep=2, sequence_parallel=True),
+    "tp2 sp x pp2 x ep2": ParallelConfig(tp=2, pp=2, ep=2, sequence_parallel=True),
 }
 FAST = {
     *(("qwen3", "tp2"), ("llama, tied, sharded", "pp2"), ("qwen2", "tp1"), ("phi3", "tp2")),
     *(("qwen3 moe", "ep2"), ("gpt-oss", "ep2"), ("deepseek v3", "tp2 sp x ep2")),
+    *(("qwen3", "tp2 x pp2"), ("qwen3 moe", "tp2 sp x pp2 x ep2")),
 }
 
 
