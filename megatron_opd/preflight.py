@@ -117,8 +117,12 @@ def check_models(config: Config, platform: Platform, world_size: int) -> Models:
     for section, recipe in config.fp8.items():
         if (each := {"student": student_spec, **specs}.get(section)) is not None:
             check_model_fp8(each, config.layouts[section], recipe, dtype_of(config), section)
-    if config.rollout.backend == "sglang" and student_config.multi_latent_attention:
-        check_latent_attention(config)
+    for name in served:
+        check_window(config, models.max_positions, teachers[name], teacher_key(name))
+    if config.rollout.backend == "sglang":
+        check_window(config, models.max_positions, student, "student")
+        if student_config.multi_latent_attention:
+            check_latent_attention(config)
     if config.loss.k > models.vocab_size and config.loss.opd in TOP_K_KINDS:
         raise OpdError(f"loss.k: {config.loss.k}, but the vocabulary has {models.vocab_size} ids; lower it")
     return models
@@ -167,10 +171,7 @@ def prepare_models(config: Config, platform: Platform, world_size: int) -> Input
         _check_weights(folder, models.frozen_specs[section], section, found)
     for name in models.served:
         check_served(config.all_teachers[name], teachers[name], teacher_key(name))
-        check_window(config, models.max_positions, teachers[name], teacher_key(name))
-    if config.rollout.backend == "sglang":
-        check_window(config, models.max_positions, student, "student")
-    elif config.samples:
+    if config.rollout.backend != "sglang" and config.samples:
         check_attention(student.config, str(student.path))
         for name, folder in teachers.items() if config.mixture.teacher else ():
             if name not in models.served:

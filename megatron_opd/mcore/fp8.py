@@ -106,6 +106,12 @@ def check_fp8_platform(platform: Platform, recipe: Fp8Recipe, section: str) -> N
             f"{key}: {recipe} needs Transformer Engine {_dotted(needs.transformer_engine)}, but {_dotted(version)} is "
             f"installed; update it or set {key}=null"
         )
+    check_fp8_capability(capability, recipe, section)
+
+
+def check_fp8_capability(capability: tuple[int, int], recipe: Fp8Recipe, section: str) -> None:
+    """Raises OpdError, with ``section`` of the config, where GPUs of this compute capability have not the recipe's products."""
+    needs, key = _NEEDS[recipe], f"{section}.fp8"
     if capability < needs.capability or (recipe == "mxfp8" and capability >= _MXFP8_BELOW):
         below = f" below {_dotted(_MXFP8_BELOW)}" if recipe == "mxfp8" else ""
         raise OpdError(

@@ -96,6 +96,10 @@ class Export:
             parts = stacked(group, (entry.sharding.split(full(entry), self._dims) for entry in group))
             yield from zip(group[0].hf, parts, strict=True)
 
+    def entries(self) -> list[Entry]:
+        """Of this rank's pipeline stage: one for each parameter, those of all experts among them."""
+        return [entry for group in self._groups for entry in group if self._own_name(entry) in self._weights]
+
     def _split(self, entry: Entry, shards: list[Tensor]) -> list[Tensor]:
         return entry.sharding.split(_unsharded(entry, shards), self._dims)
 

@@ -215,6 +215,7 @@ class UpdateTraffic:
     parameters: Traffic  # the optimizer's, and the gathering of what it has updated
     export: Traffic  # of full tensors for the engines, over the stage
     exported: float  # bytes of these tensors
+    parameters_exported: float  # that they are made of
 
     def after(self, previous: UpdateTraffic, layers: int) -> UpdateTraffic:
         def more(own: Traffic, less: Traffic) -> Traffic:
@@ -225,6 +226,7 @@ class UpdateTraffic:
             more(self.parameters, previous.parameters),
             more(self.export, previous.export),
             self.exported + layers * (self.exported - previous.exported),
+            self.parameters_exported + layers * (self.parameters_exported - previous.parameters_exported),
         )
 
 
@@ -266,9 +268,10 @@ def update_work(config: Config, spec: ModelSpec, rank: Rank, *, whole: bool = Fa
                 trainer.optimizer.step()
                 trainer.complete_parameters()
             with _observed(layout, AttentionWork()) as export:
-                stage = Export(trainer.chunks, spec.architecture, spec.dims, layout).stage()
-                exported = sum(tensor.nbytes for _, tensor in stage)
-            return UpdateTraffic(reduction.work.traffic, parameters.work.traffic, export.work.traffic, exported)
+                stage = Export(trainer.chunks, spec.architecture, spec.dims, layout)
+                exported = sum(tensor.nbytes for _, tensor in stage.stage())
+            count = len(stage.entries())
+            return UpdateTraffic(reduction.work.traffic, parameters.work.traffic, export.work.traffic, exported, count)
 
     layers, *others = chunk_layers(config, spec, rank)
     alike = not isinstance(native.moe_layer_freq, list) and all(other == layers for other in others)

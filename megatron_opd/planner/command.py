@@ -20,6 +20,7 @@ from megatron_opd.planner.alternatives import alternatives
 from megatron_opd.planner.calibrate import MeasuredRun, calibration, measured_run, predicted
 from megatron_opd.planner.engines import engine_gpus
 from megatron_opd.planner.hardware import GPUS, NEVER, Assumption, assumptions
+from megatron_opd.planner.machines import Machines
 from megatron_opd.planner.mean_step import Lengths
 from megatron_opd.planner.outcome import Outcome
 from megatron_opd.planner.rank_steps import PlannedStep, StepPlanner
@@ -50,7 +51,8 @@ class Asked:
 
 def plan(asked: Asked) -> bool:
     """Print the plan; whether the memory is enough. Of the models only config.json is read. Raises OpdError for bad input."""
-    gpus = _positive("--nodes", asked.nodes) * _positive("--gpus-per-node", asked.gpus_per_node)
+    _positive("--nodes", asked.nodes)
+    _positive("--gpus-per-node", asked.gpus_per_node)
     gpu = GPUS[asked.gpu]
     if asked.against is not None and asked.calibrate is None:
         raise OpdError(f"--against: {asked.against}, but there is no --calibrate; give the run to calibrate by")
@@ -81,13 +83,14 @@ def plan(asked: Asked) -> bool:
         print(render_error(held_out, predict(held_out, factors)), end="\n\n")
 
     rig = Rig(gpu, gpu.rates, asked.gpus_per_node, factors)
+    machines = Machines(gpu, asked.nodes, asked.gpus_per_node)
     planner = StepPlanner(Planner(torch.device("cuda"), "fused", gpu.memory), asked.lengths)
     config = load(())
-    own = _planned(planner, config, gpus)
+    own = _planned(planner, config, machines)
     seconds = step_seconds(own, rig)
 
     def timed(changed: Config) -> tuple[PlannedStep, StepSeconds]:
-        found = _planned(planner, changed, gpus, up_to=available)
+        found = _planned(planner, changed, machines, up_to=available)
         return found, step_seconds(found, rig)
 
     outcome = Outcome(
@@ -109,8 +112,10 @@ def plan(asked: Asked) -> bool:
     return outcome.fits
 
 
-def _planned(planner: StepPlanner, config: Config, gpus: int, up_to: float = float("inf")) -> PlannedStep:
+def _planned(planner: StepPlanner, config: Config, machines: Machines, up_to: float = float("inf")) -> PlannedStep:
     """On what the engines leave of the GPUs."""
+    machines.check(config)
+    gpus = machines.gpus
     ranks = gpus - engine_gpus(config)
     if ranks < 1:
         raise OpdError(
@@ -154,10 +159,9 @@ def _of_factors(factors: Mapping[str, float], folder: str | None) -> list[Assump
     return [Assumption(f"factor on {phase}", f"{factor:.3g}", f"the run {folder}") for phase, factor in factors.items()]
 
 
-def _positive(option: str, value: int) -> int:
+def _positive(option: str, value: int) -> None:
     if value < 1:
         raise OpdError(f"{option}: {value} is below 1; give 1 or more")
-    return value
 
 
 def _write(name: str, outcome: Outcome) -> None:

@@ -35,20 +35,21 @@ class Gpu:
     nvlink_bytes: float
     network_bytes: float
     host_bytes: float  # to and from host memory
+    capability: tuple[int, int] | None  # as CUDA has it; None: no GPU
     source: str
     rates: Efficiencies = Efficiencies()
 
 
 _DGX_H = "NVIDIA's data sheets of the {} (SXM) and the DGX {}: NVLink 900 GB/s both ways, one 400 Gb/s port a GPU, PCIe 5 x16"
 GPUS = {
-    "h100": Gpu("H100", 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9, 64e9, _DGX_H.format("H100", "H100")),
-    "h200": Gpu("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 64e9, _DGX_H.format("H200", "H200")),
+    "h100": Gpu("H100", 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9, 64e9, (9, 0), _DGX_H.format("H100", "H100")),
+    "h200": Gpu("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, 64e9, (9, 0), _DGX_H.format("H200", "H200")),
     "b200": Gpu(
-        *("B200", 180 * 10**9, 2250e12, 7.7e12, 900e9, 50e9, 64e9),
+        *("B200", 180 * 10**9, 2250e12, 7.7e12, 900e9, 50e9, 64e9, (10, 0)),
         "NVIDIA's data sheets of the HGX B200 and DGX B200: NVLink 1.8 TB/s both ways, one 400 Gb/s port a GPU, PCIe 5 x16",
     ),
     # One core of a laptop or server, for --calibrate with CPU runs, whose measured seconds replace these.
-    "cpu": Gpu("CPU core", 8 * 10**9, 50e9, 10e9, 1e9, 0.1e9, 10e9, "assumed, never validated; orders of magnitude"),
+    "cpu": Gpu("CPU core", 8 * 10**9, 50e9, 10e9, 1e9, 0.1e9, 10e9, None, "assumed, never validated; orders of magnitude"),
 }
 
 

@@ -145,4 +145,4 @@ def _volumes(plan: PlannedStep, step: RankStep, per_node: int) -> Iterator[tuple
         yield from within("score", times(section.work.traffic, section.microbatches), section.groups)
     passes = times(total([step.passes.both.traffic, step.loss.traffic]), count)
     yield from within("train", total([passes, step.update.reduction, step.update.parameters]), step.groups)
-    yield from within("weight_sync", step.update.export, step.groups)
+    yield from within("weight_sync", total([step.update.export, plan.spread]), step.groups)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from megatron_opd.advisor.plan import Plan, RankClass
 from megatron_opd.advisor.planner import Planner, frozen_scored, rank_classes, student_key, without_te_recompute
 from megatron_opd.config import Config
+from megatron_opd.mcore.collectives import Amount, Flow, Kind, Traffic
 from megatron_opd.mcore.fake_world import FAKE
 from megatron_opd.mcore.footprint import Kernels, Rank
 from megatron_opd.mcore.parallel import group_ranks
@@ -73,6 +74,19 @@ class PlannedStep:
         for each in self.ranks:
             found.setdefault(each.rank.stage(self.config.student.parallel), each)
         return found
+
+    @property
+    def spread(self) -> Traffic:
+        """Of the weights over the pipeline, before the engines: all of the model comes to each rank, a parameter at a time.
+
+        The collective transport needs none: each stage sends its own.
+        """
+        rollout, stages = self.config.rollout, list(self.stages.values())
+        if not self.config.samples or len(stages) == 1 or (rollout.backend == "sglang" and rollout.transport == "collective"):
+            return {}
+        updates = [step.update for step in stages]
+        amount = Amount(sum(update.parameters_exported for update in updates), sum(update.exported for update in updates))
+        return {Flow("pp", Kind.BROADCAST): amount}
 
 
 class StepPlanner:

@@ -11,7 +11,7 @@ from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.work import Work
 from megatron_opd.planner.engines import engine_gpus, writers
 from megatron_opd.planner.hardware import Efficiencies, Gpu
-from megatron_opd.planner.links import Groups, Span, seconds, volumes
+from megatron_opd.planner.links import Groups, seconds, volumes
 from megatron_opd.planner.rank_steps import PlannedStep, RankStep
 
 PHASES = ("rollout", "score", "train", "weight_sync")  # as metrics.jsonl has them, under time/
@@ -143,16 +143,16 @@ def _weight_sync(plan: PlannedStep, rig: Rig) -> Parts:
     rollout = config.rollout
     sizes = [step.update.exported for step in stages]
     gather = max(rig.links(step.update.export, step.groups) for step in stages)
-    network, nvlink = rig.gpu.network_bytes * rig.rates.network, rig.gpu.nvlink_bytes * rig.rates.nvlink
-    if rollout.backend == "embedded":  # every tensor in its turn, from its stage to all of them
-        span = Span.of(stages[0].groups["pp"], rig.per_node)
-        return {
-            "gather": gather * len(stages),
-            "broadcast": sum(sizes) / (network if span.crosses else nvlink) * (span.ranks > 1),
-        }
+    network = rig.gpu.network_bytes * rig.rates.network
+    if rollout.backend == "sglang" and rollout.transport == "collective":  # all stages send at the same time
+        return {"gather": gather, "broadcast": max(sizes) / network}
+    # Every tensor in its turn, from its stage to all of them.
+    parts = {"gather": gather * len(stages), "over the pipeline": max(rig.links(plan.spread, step.groups) for step in stages)}
+    if rollout.backend == "embedded":
+        return parts
     if rollout.transport == "ipc":  # into memory that the engine rank has too, on the same device; written and read
-        return {"gather": gather, "copies": 2 * sum(sizes) / rollout.tp / (rig.gpu.memory_bytes * rig.rates.memory)}
-    return {"gather": gather, "broadcast": max(sizes) / network}  # all stages send at the same time
+        return parts | {"copies": 2 * sum(sizes) / rollout.tp / (rig.gpu.memory_bytes * rig.rates.memory)}
+    return parts | {"broadcast": sum(sizes) / network}  # from one rank, or by files in a network's file system
 
 
 def model_flops(plan: PlannedStep) -> float:

@@ -109,13 +109,18 @@ def assign(specs: Sequence[ServerSpec], ranks: Sequence[int], *, shared: bool) -
     return assigned
 
 
+def check_not_loopback(host: str, address: str, machine: str, machines: int) -> None:
+    """``address``: what ``host`` is on ``machine``. Raises OpdError."""
+    if address == "localhost" or _is_loopback(address):
+        raise OpdError(
+            f"rollout.host: {host}, where the servers on {machine} are reached from no other machine, but the run has "
+            f"{machines}; name the interface of the network that the machines share, such as eth0"
+        )
+
+
 def _check_reachable(host: str, machines: dict[str, str]) -> None:
     for name, address in machines.items():
-        if address == "localhost" or _is_loopback(address):
-            raise OpdError(
-                f"rollout.host: {host}, where the servers on {name} are reached from no other machine, but the run has "
-                f"{len(machines)}; name the interface of the network that the machines share, such as eth0"
-            )
+        check_not_loopback(host, address, name, len(machines))
     if len(set(machines.values())) < len(machines):
         raise OpdError(
             f"rollout.host: {host} is one machine's address, but the run has {len(machines)}; name the interface of the "

@@ -20,6 +20,7 @@ class RealWork:
     scoring: Traffic
     passes: Traffic  # forward, backward, loss and the reduction of gradients
     update: Traffic  # of parameters, and the export for the engines
+    whole: Traffic  # the export for engines that take all of the model from each rank
     passes_flops: int  # of matrix products and whole squares of attention, as torch counts them
     opd_tokens: int  # positions with an OPD term
 
@@ -43,10 +44,14 @@ def work_of(tree: dict[str, Any], lengths: tuple[int, ...], microbatches: int) -
         trainer.optimizer.step()
         for _ in trainer.export().stage():
             pass
+    with Observed(names) as whole:
+        for _ in trainer.export().whole():
+            pass
     return RealWork(
         scoring.traffic,
         passes.traffic,
         update.traffic,
+        whole.traffic,
         flops.get_total_flops(),
         sum(int((batch.rollout_weights > 0).sum()) for batch in batches),
     )

@@ -53,6 +53,7 @@ def write(folder: Path) -> Path:
             "placement": "colocated",
             "engines": 4,
             "tp": 2,
+            "host": "ib0",
             "sglang": {"mem_fraction_static": 0.5},
             "sampling": {"max_new_tokens": 128},
         },
@@ -104,7 +105,7 @@ def test_memory_is_the_advisors_and_parts_add_up(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--nodes", "3", "--gpus-per-node", "3", "rollout.engines=1", "rollout.tp=9"], "does not fit 9 ranks"),
+        (["--nodes", "3", "--gpus-per-node", "3", "rollout.engines=9", "rollout.tp=1"], "does not fit 9 ranks"),
         (["--nodes", "1", "--gpus-per-node", "4"], "set them equal"),
         (["--nodes", "0"], "--nodes: 0 is below 1"),
         (["--nodes", "1", "student.parallel.tp=16"], "student"),
@@ -118,6 +119,18 @@ def test_memory_is_the_advisors_and_parts_add_up(tmp_path: Path, capsys: pytest.
         (["--nodes", "1", "--json", "none/plan.json"], "--json: none/plan.json cannot be written, there is no such folder"),
         (["--nodes", "1", "--host-memory", "much"], "--host-memory: 'much' is not an amount of memory"),
         (["--nodes", "2", "rollout.placement=disaggregated"], "rollout.sglang.base_gpu_id: not set"),
+        (
+            ["--nodes", "1", "student.fp8=mxfp8", "student.dtype=bfloat16"],
+            "student.fp8: mxfp8 needs Blackwell (compute capability 10.0 or more below 12.0), but this one has 9.0",
+        ),
+        (
+            ["--nodes", "2", "--gpus-per-node", "4", "rollout.tp=8", "rollout.engines=1"],
+            "rollout.tp: 8 GPUs of a server would not all be on one node of 4; lower it to a divisor of that",
+        ),
+        (
+            ["--nodes", "2", "--gpus-per-node", "4", "rollout.host=127.0.0.1"],
+            "rollout.host: 127.0.0.1, where the servers on each node are reached from no other machine, but the run has 2",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -127,6 +140,15 @@ def test_what_would_fail_on_the_cluster_fails_here(
     assert cli.main(["plan", str(write(tmp_path)), "--gpu", "h100", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_window_that_sglang_leaves_out_fails_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path)
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**SMALL, **window}))
+    assert cli.main(["plan", str(file), "--nodes", "1", "--gpu", "h100"]) == 2
+    error = capsys.readouterr().err
+    assert "has a sliding window of 64 tokens, which SGLang leaves out" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

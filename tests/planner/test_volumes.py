@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_opd.advisor.planner import Planner
 from megatron_opd.config import Config
 from megatron_opd.config_file import validate_config
 from megatron_opd.hf_folder import HFFolder
@@ -14,6 +16,8 @@ from megatron_opd.mcore.collectives import Amount, Flow, Kind, Traffic, times, t
 from megatron_opd.mcore.footprint import Rank
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.work import loss_work, scoring_work, training_work, update_work
+from megatron_opd.planner.mean_step import Lengths
+from megatron_opd.planner.rank_steps import StepPlanner
 from tests.conftest import Table
 from tests.planner.real import RealWork, work_of
 from tests.tiny_models import Arch, make_model
@@ -137,3 +141,18 @@ def test_every_group_has_the_bytes_of_a_real_step(name: str, models: dict[str, s
     table.add(
         "Planner's volumes equal real steps'", name, ", ".join(f"{group} {size / 1e6:.2f} MB" for group, size in seen.items())
     )
+
+
+@pytest.mark.parametrize("name", ["pp2", "tp2 sp x pp2"])
+def test_the_pipeline_has_the_bytes_of_a_real_export_of_the_whole_model(
+    name: str, models: dict[str, str], pool: WorkerPool
+) -> None:
+    tree = tree_of(name, models)
+    config = validate_config(tree)
+    world_size = config.student.parallel.model_parallel_size
+    spec = model_spec(HFFolder(config.student.model), config.student.parallel, "student")
+    padding = (spec.dims.padded_vocab_size - spec.dims.vocab_size) * int(spec.hf.hidden_size) * 4  # bytes; a tied embedding
+    flow = Flow("pp", Kind.BROADCAST)
+    plan = StepPlanner(Planner(torch.device("cpu"), "local"), Lengths(), "local").plan(config, world_size)
+    for real in pool.run(world_size, work_of, tree, LENGTHS, MICROBATCHES):
+        assert real.whole[flow] == Amount(plan.spread[flow].calls, plan.spread[flow].payload + padding)
