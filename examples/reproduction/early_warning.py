@@ -61,21 +61,30 @@ def early_warning_table(rows: Sequence[Row]) -> str:
 
 
 def early_warning_summary(rows: Sequence[Row]) -> str:
-    """Of the runs that had no part in the choice of the threshold."""
+    """Of the runs that had no part in the choice of the threshold, those on other models and seeds by themselves."""
     others = [row for row in rows if not row["chosen_on"]]
-    failed = [row for row in others if row["change"] < -_FALL]
-    sound = [row for row in others if row["change"] >= -_FALL]
+    elsewhere = [row for row in others if row["pair"] != _CHOSEN_ON]
+    same = [row for row in others if row["pair"] == _CHOSEN_ON]
+    return f"On other pairs and in `make demo`: {_counts(elsewhere)}\n\nOn the same pair under other recipes: {_counts(same)}"
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    failed = [row for row in rows if row["change"] < -_FALL]
+    sound = [row for row in rows if row["change"] >= -_FALL]
     warned = [row for row in failed if row["warned"] is not None]
     leads = [row["fallen"] - row["warned"] for row in warned if row["fallen"] is not None]
     false = [row for row in sound if row["warned"] is not None]
     lead = ""
     if leads:
         median, listed = statistics.median(leads), ", ".join(map(str, sorted(leads)))
-        steps = "step" if median == 1 else "steps"
-        lead = f", {median:g} {steps} before it was down by that much in the median ({listed}; measured every 10)"
+        early = sum(each > 0 for each in leads)
+        lead = (
+            f", {early} before accuracy was down by that much; the median lead is {median:g} steps "
+            f"({listed}; 0 or less: not before)"
+        )
     return (
-        f"In runs that had no part in the threshold: of {len(failed)} that end more than {_FALL} below the accuracy of their "
-        f"start, {len(warned)} were warned of{lead}; of {len(sound)} others, {len(false)}."
+        f"of {len(failed)} that end more than {_FALL} below the accuracy of their start, {len(warned)} were warned of{lead}; "
+        f"of {len(sound)} others, {len(false)}."
     )
 
 
