@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.mcore.platform import Platform
-from megatron_opd.stop_signal import SIGNALS
+from megatron_opd.processes import STOP_SIGNALS
 from megatron_opd.types import OpdError
 
 _HOST = "127.0.0.1"
@@ -86,7 +86,7 @@ def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (*SIGNALS, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
         return _wait(ranks)
     finally:

@@ -8,9 +8,10 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # by which schedulers ask a run to end
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _SYNC_FILE_RANGE_WRITE = 2  # fcntl.h
@@ -24,8 +25,13 @@ if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
-def end_with_parent() -> None:
-    """Called in a child: the kernel kills it when the parent's *thread* that started it ends, however it ends. Linux only."""
+def end_with_parent(ignored: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
+    """Called in a child: the kernel kills it when the parent's *thread* that started it ends, however it ends. Linux only.
+
+    ``ignored``, which outlasts an exec: schedulers send the signals to all processes, and the parent still needs this one.
+    """
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,7 +87,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**_inherited(), **_environment(spec)},
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                # Not SIGTERM: SGLang has a handler of its own, and ends the processes that it starts by it.
+                preexec_fn=partial(end_with_parent, (signal.SIGUSR1,)),
             )
 
     def wait_until_ready(self, timeout: float) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_opd.evaluation.maths import MathsProcess
 from megatron_opd.evaluation.verify import judge
+from megatron_opd.processes import STOP_SIGNALS
 
 HANG = "9^{9^{9^{9}}}"
 
@@ -47,6 +48,14 @@ def test_death_between_two_comparisons_is_not_noticed(maths: MathsProcess, numbe
     os.kill(pid_of(maths), number)
     time.sleep(0.2)
     assert maths.compare(f"x+{number}", f"{number}+x") == (True, "ok")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_schedulers_signal_to_all_processes_is_for_the_run(maths: MathsProcess, number: signal.Signals) -> None:
+    before = pid_of(maths)
+    os.kill(before, number)
+    assert maths.compare(f"z+{number}", f"{number}+z") == (True, "ok")
+    assert pid_of(maths) == before
 
 
 def test_death_within_a_comparison_is_a_crash(maths: MathsProcess) -> None:

@@ -28,6 +28,7 @@ from megatron_opd.mcore.checkpoint_files import (
     latest_checkpoint,
     newest_verified,
 )
+from megatron_opd.processes import STOP_SIGNALS
 from megatron_opd.types import TrainState
 from tests.conftest import Table
 from tests.mcore.training import Case, _train, resume_for_one_step, save_after, save_and_lose, save_lost_weights, train_steps
@@ -184,6 +185,22 @@ def lose_the_writer(path: str) -> list[str]:
 
 def test_killed_writing_process_is_a_failed_save(pool: WorkerPool, tmp_path: Path) -> None:
     assert pool.run(2, lose_the_writer, str(tmp_path / "iter_0000001")) == [["the writing process was killed"]] * 2
+
+
+def write_while_asked_to_stop(path: str) -> str:
+    """The scheduler's signals are sent to the writing processes as well."""
+
+    def write() -> tuple[list[Path], None]:
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        return [], None
+
+    content = {"state": {"step": 1}}
+    return CheckpointWrite(Path(path), lambda _: RankWriter(write, lambda _: None), content, keep=1).finish().name
+
+
+def test_a_run_that_is_asked_to_stop_writes_its_checkpoint_to_the_end(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(2, write_while_asked_to_stop, str(tmp_path / "iter_0000001")) == ["iter_0000001"] * 2
 
 
 def test_lost_weights_are_not_saved_over_good_ones(pool: WorkerPool, models: tuple[str, str], tmp_path: Path) -> None:
