@@ -66,7 +66,7 @@ def mean_step(config: Config, models: Models, ranks: int, lengths: Lengths) -> M
     if prompt + response > context:
         raise OpdError(f"--prompt-tokens: {prompt} and {response} of a response exceed the context of {context}; give fewer")
     mixture, prompts = config.mixture, config.data.prompts_per_step
-    multiples = Multiples.of(config.layouts.values())
+    multiples = Multiples.of(config.layouts.values(), config.row_multiple)
     capacity = config.packing.max_tokens_per_microbatch
     capacity -= capacity % multiples.tokens
     length = -(-(prompt + response - 1) // multiples.sequence) * multiples.sequence
@@ -85,7 +85,7 @@ def mean_step(config: Config, models: Models, ranks: int, lengths: Lengths) -> M
     return MeanStep(
         prompt,
         response,
-        config.rollout.sampling.max_new_tokens if response <= limit else response,
+        config.rollout.sampling.max_new_tokens,
         *written,
         dp_size=dp_size,
         sequences=largest,
