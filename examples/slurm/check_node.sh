@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# On one node: check_node.sh GPUS FOLDER. One line that names the node for each thing that is wrong.
+# On one node: check_node.sh GPUS FOLDER, GPUS as in --gpus-per-node, "8" or "h100:8". One line that names the node for each thing that is wrong.
 set -uo pipefail
-gpus=$1 folder=$2 node=${SLURMD_NODENAME:-$(hostname)} wrong=0
+gpus=${1##*:} folder=$2 node=${SLURMD_NODENAME:-$(hostname)} wrong=0
 
 say() {
     echo "$node: $*" >&2
@@ -11,8 +11,15 @@ say() {
 if ! touch "$folder/$node"; then
     say "cannot write to $folder; the repository must be on a file system that all nodes share"
 fi
-if ((gpus > 0)); then
-    if ! table=$(nvidia-smi --query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total --format=csv,noheader,nounits); then
+query=index,memory.used,ecc.errors.uncorrected.volatile.total
+if [[ ! $gpus =~ ^[0-9]+$ ]]; then
+    say "$1: not a number of GPUs"
+elif ((gpus > 0)); then
+    table=$(timeout --kill-after=5 30 nvidia-smi --query-gpu=$query --format=csv,noheader,nounits)
+    code=$?
+    if ((code == 124 || code == 137)); then  # as with a driver that hangs
+        say "nvidia-smi has not answered in 30 s"
+    elif ((code)); then
         say "nvidia-smi failed"
     else
         found=$(wc -l <<<"$table")
