@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import Config
 from megatron_opd.config_file import load_config
 from megatron_opd.processes import QuickExit, loading
-from megatron_opd.types import OpdError, RunInterrupted, RunStopped
+from megatron_opd.types import OpdError, RunInterrupted, RunStopped, UnexpectedError
 
 if TYPE_CHECKING:
     from megatron_opd.mcore.platform import Platform
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: the run stopped itself, the audit failed or memory is short; 2: bad input, one line on stderr;
-    75: a signal ended the run after a checkpoint, and the same command goes on."""
+    70, EX_SOFTWARE: what nobody foresaw, such as a lost rank, with its traceback; 75, EX_TEMPFAIL: a signal ended the run
+    after a checkpoint. After both the same command goes on."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
     try:
@@ -42,12 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(config, options)
         commands = {"train": _train, "check": _check, "audit": _audit}
         return commands[options.command](config, arguments)
+    except UnexpectedError as error:
+        return _crash(error)
     except OpdError as error:
         return _fail(error, 2)
     except RunStopped as error:
         return _fail(error, 1)
     except RunInterrupted as error:
         return _fail(error, os.EX_TEMPFAIL)
+    except Exception as error:
+        return _crash(error)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -247,6 +252,11 @@ def _report(options: argparse.Namespace) -> int:
 def _fail(error: Exception, code: int) -> int:
     print(f"megatron-opd: {error}", file=sys.stderr)
     return code
+
+
+def _crash(error: Exception) -> int:
+    sys.excepthook(type(error), error, error.__traceback__)  # torch's, on a rank, says whose traceback it is
+    return os.EX_SOFTWARE
 
 
 def _quiet_libraries() -> None:

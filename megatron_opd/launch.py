@@ -65,7 +65,7 @@ def local_world_size(parallel: ParallelConfig, device_count: int | None) -> int:
 
 
 def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
-    """Run ``command`` once for each rank; the first failure ends the others. Returns the first non-zero exit code, or 0.
+    """Run ``command`` once for each rank; the first failure ends the others. Returns its exit code, or 0.
 
     A rank that ended as it was asked to is no failure: the others do so too.
     """
@@ -99,10 +99,11 @@ def run_ranks(command: list[str], world_size: int, platform: Platform) -> int:
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [code for code in codes if code and code != os.EX_TEMPFAIL]
-        if failed:
+        if any(code and code != os.EX_TEMPFAIL for code in codes):
             time.sleep(1.0)  # let the other ranks say what they saw
-            return abs(failed[0])
+            failed = [code for rank in ranks if (code := rank.poll()) and code != os.EX_TEMPFAIL]
+            # A lost connection to a rank that failed is unexpected to the others, and they may be the first to end.
+            return abs(min(failed, key=lambda code: code == os.EX_SOFTWARE))
         if all(code is not None for code in codes):
             return max(code or 0 for code in codes)
         time.sleep(0.05)

@@ -31,6 +31,10 @@ class OpdError(Exception):
     """Bad input. The message is one line that names the key or file, the value and the remedy; the CLI exits with code 2."""
 
 
+class UnexpectedError(OpdError):
+    """What nobody foresaw on another rank, of which this one knows a line; the CLI treats it as any other such exception."""
+
+
 class RunStopped(Exception):
     """The run cannot usefully go on: non-finite steps, an alarm that asks to stop, no engine left. One line; exit code 1."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -27,6 +28,17 @@ def test_ranks_meet_at_a_port_that_nobody_else_can_get_before_them(monkeypatch: 
     monkeypatch.setattr(subprocess, "Popen", listen)
     assert run_ranks([], 2, Platform.detect()) == 0
     assert met == ["0", "1"]
+
+
+def test_what_ended_one_rank_is_told_rather_than_what_it_did_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def end(_command: list[str], env: Mapping[str, str]) -> subprocess.Popen[Any]:
+        seconds, code = (0.0, os.EX_SOFTWARE) if env["RANK"] == "0" else (0.3, 2)
+        return start([sys.executable, "-c", f"import sys, time; time.sleep({seconds}); sys.exit({code})"])
+
+    monkeypatch.setattr(subprocess, "Popen", end)
+    assert run_ranks([], 2, Platform.detect()) == 2
 
 
 @pytest.mark.parametrize(

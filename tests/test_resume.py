@@ -97,6 +97,15 @@ def test_run_that_cannot_save_warns_and_then_stops(uninterrupted: tuple[Path, di
     assert [record["step"] for record in runs.metrics(run_dir)] == [1, 2, 3]
 
 
+def test_failure_that_nobody_foresaw_has_its_traceback_and_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    config = {**runs.make_inputs(tmp_path), "eval": None}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").write_text("")  # a file where a folder must be
+    result = runs.run(tmp_path, config)
+    assert result.returncode == os.EX_SOFTWARE, result.stderr
+    assert "Traceback" in result.stderr and "FileExistsError" in result.stderr
+
+
 def test_run_stops_where_engine_and_trainer_disagree(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     apart = {**config, "run": {**config["run"], "name": "apart", "dir": str(folder / "apart")}, "eval": None}

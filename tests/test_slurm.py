@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,26 @@ def loss_of_a_node(cluster: Cluster, _job: str, _file: Path) -> None:
     cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")  # it comes back, as one that was rebooted
 
 
+def loss_of_a_rank(_cluster: Cluster, _job: str, file: Path) -> None:
+    """Slurm hears of it when the other rank, whose connection is broken, has ended by itself."""
+    lost, other = ranks_of(file)
+    task = lost.parent()
+    assert task is not None
+    task.suspend()
+    lost.kill()
+    wait_for(lambda: not other.is_running(), PATIENCE, lambda: str(other))
+    with suppress(psutil.NoSuchProcess):  # --kill-on-bad-exit
+        task.resume()
+
+
 @pytest.mark.parametrize(
-    ("script", "disturb"), [("opd_7b.sh", end_of_time), ("opd_7b.sh", loss_of_a_node), ("opd_70b.sh", signal_by_hand)]
+    ("script", "disturb"),
+    [
+        ("opd_7b.sh", end_of_time),
+        ("opd_7b.sh", loss_of_a_node),
+        ("opd_7b.sh", loss_of_a_rank),
+        ("opd_70b.sh", signal_by_hand),
+    ],
 )
 def test_a_disturbed_job_goes_on_by_itself(
     uninterrupted: tuple[Path, dict[str, Any], str],
@@ -101,8 +120,11 @@ def test_a_disturbed_job_goes_on_by_itself(
     wait_for(lambda: cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), PATIENCE, words)
     ended = cluster.job(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), words()
+    assert "mem=8G," in ended["TRES"], ended  # all of both nodes
     if disturb is not loss_of_a_node:
-        assert "SIGUSR1; the last checkpoint is" in log.read_text() and "requeued, restart 1 of" in log.read_text()
+        assert "requeued, restart 1 of" in log.read_text()
+    if disturb in (end_of_time, signal_by_hand):
+        assert "SIGUSR1; the last checkpoint is" in log.read_text()
     assert f"job {job}: done" in log.read_text()
     assert_same_run(folder / "run", run_dir)
 
@@ -157,7 +179,7 @@ def test_a_disaggregated_job_that_cannot_start_ends_at_once(
         return f"{cluster.job(job)}\n{log.read_text() if log.exists() else ''}"
 
     wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", PATIENCE, words)
-    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert cluster.job(job)["ExitCode"] == "2:0" and "mem=8G," in cluster.job(job)["TRES"]
     assert not [each for each in expected if each not in log.read_text()], words()
     assert not list((ROOT / "runs").glob(f".job-{job}*"))
 

@@ -4,13 +4,16 @@
 # IMAGE       container image for pyxis/enroot (a .sqsh file, or nvcr.io#...); empty: the nodes' own environment
 # MOUNTS      of the container, beside the repository: models, data, runs
 # SETUP       what every task does first, such as: . .venv/bin/activate
-# REQUEUES    how often a job may start again after a lost rank or its time limit
+# REQUEUES    how often a job may start again after a lost rank, another failure that nobody foresaw, or its time limit
 IMAGE=${IMAGE:-}
 MOUNTS=${MOUNTS:-}
 SETUP=${SETUP:-}
 REQUEUES=${REQUEUES:-20}
 
-readonly REFUSED=2 STOPPED=1  # exit codes of megatron-opd: bad input; the run stopped itself. Both would do so again
+# Exit codes of megatron-opd: bad input; the run stopped itself. Both would do so again. And what nobody foresaw, as the other ranks of one
+# that is lost see it: that may go well the next time.
+# shellcheck disable=SC2034  # CRASHED is for the recipes
+readonly REFUSED=2 STOPPED=1 CRASHED=70
 
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}" || exit $REFUSED
 [[ -f examples/slurm/common.sh ]] || {

@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@3600
 #SBATCH --requeue
@@ -53,11 +54,11 @@ key=$SCRATCH/key
 (umask 077 && od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >"$key")
 set -- "$@" "rollout.urls=[$(by_commas "${urls[@]}")]" "rollout.api_key_file=$key" ${INTERFACE:+"rollout.host=$INTERFACE"}
 
-# Each task is one of the servers, in the order of the URLs. One that is given up (1) is no reason to end the others.
+# Each task is one of the servers, in the order of the URLs. One that is given up or crashes is no reason to end the others.
 # shellcheck disable=SC2016  # for the task's shell to expand
 make_step --nodes="$ENGINE_NODES" --ntasks-per-node="$ENGINES" --ntasks=$((ENGINE_NODES * ENGINES)) --overlap \
     --nodelist="$(by_commas "${nodes[@]:training_nodes}")" --distribution=block -- \
-    bash -c 'megatron-opd serve "$@" --number "$SLURM_PROCID" || { code=$?; ((code == '$STOPPED')) || exit $code; }' serve "$@"
+    bash -c 'megatron-opd serve "$@" --number "$SLURM_PROCID" || { code=$?; ((code == '$STOPPED' || code == '$CRASHED')) || exit $code; }' serve "$@"
 trap 'echo "job $SLURM_JOB_ID: no server is left" >&2; finish 1' USR2
 (
     "${step[@]}" || true

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.types import OpdError, RunStopped
+from megatron_opd.types import OpdError, RunStopped, UnexpectedError
 
 Result = TypeVar("Result")
 _PATIENCE = timedelta(days=7)
@@ -98,4 +98,4 @@ def _attempt(action: Callable[[], Result]) -> tuple[Result | None, _Failure | No
     except (OpdError, RunStopped) as error:
         return None, _Failure(type(error), str(error)), error
     except Exception as error:  # the other ranks wait for an outcome, whatever it is
-        return None, _Failure(OpdError, f"{type(error).__name__}: {error}"), error
+        return None, _Failure(UnexpectedError, f"{type(error).__name__}: {error}"), error

@@ -25,5 +25,5 @@ def ends() -> list[tuple[str, str]]:
 
 
 def test_end_of_the_first_rank_is_that_of_all(pool: WorkerPool) -> None:
-    expected = [("RunStopped", "no engine is left"), ("OpdError", "bad input"), ("OpdError", "ValueError: a bug")]
+    expected = [("RunStopped", "no engine is left"), ("OpdError", "bad input"), ("UnexpectedError", "ValueError: a bug")]
     assert pool.run(2, ends) == [[each for each in expected for _ in range(2)]] * 2
