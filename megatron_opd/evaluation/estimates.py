@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,15 @@ _RESAMPLES = 10_000
 _BLOCK = 500  # resamples at once: bounds the memory at any number of items
 _LEVEL = 0.95
 
+Vote = str | Fraction  # an answer, by what makes it equal to another
+
 
 @dataclass(frozen=True)
 class Item:
     """The samples of one prompt: whether each is right, and the answer that it votes for (None: it states none)."""
 
     uid: str
-    samples: tuple[tuple[bool, str | None], ...]
+    samples: tuple[tuple[bool, Vote | None], ...]
 
     @property
     def right(self) -> int:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_opd.config import MonitorsConfig
-from megatron_opd.evaluation.estimates import Item, majority, mean_of_items, pass_at
+from megatron_opd.evaluation.estimates import Item, Vote, majority, mean_of_items, pass_at
 from megatron_opd.evaluation.tasks import Task
 from megatron_opd.evaluation.verify import Verdict, canonical, judge
 from megatron_opd.monitoring.length import length_stats, truncation_rate
@@ -34,7 +34,7 @@ class EvalResult:
     @property
     def items(self) -> list[Item]:
         """The responses to each prompt together."""
-        votes: dict[str, list[tuple[bool, str | None]]] = {}
+        votes: dict[str, list[tuple[bool, Vote | None]]] = {}
         for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True):
             votes.setdefault(rollout.prompt.uid, []).append((verdict.correct, vote(verdict)))
         return [Item(uid, tuple(each)) for uid, each in votes.items()]
@@ -63,7 +63,7 @@ class EvalResult:
         return {f"{task.prefix}/{name}": value for name, value in figures.items()}
 
 
-def vote(verdict: Verdict) -> str | None:
+def vote(verdict: Verdict) -> Vote | None:
     """What a majority is counted by; None: no answer."""
     return None if verdict.stated is None else canonical(verdict.stated)
 

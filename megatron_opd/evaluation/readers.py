@@ -6,6 +6,7 @@ Which fields are read, and whose they are, is the table ``_LAYOUTS``. A file in 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,12 @@ def _question(where: str, record: Any, default_uid: str, layout: TaskFormat) -> 
 def _tolerance(where: str, record: Record) -> float | None:
     """Of several answers, which have one each behind commas, the largest."""
     error = _field("error")(record)
+    if error is None:
+        return None
     try:
-        return None if error is None else max(map(float, error.split(",")))
+        tolerances = [float(each) for each in error.split(",")]
+        if not all(map(math.isfinite, tolerances)):
+            raise ValueError("not finite")
+        return max(tolerances)
     except ValueError as problem:
         raise OpdError(f"{where}: 'error' is {error!r}, not a number; drop the item") from problem

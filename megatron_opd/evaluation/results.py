@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_opd.evaluation.estimates import Item
+from megatron_opd.evaluation.estimates import Item, Vote
 from megatron_opd.evaluation.evaluate import vote
 from megatron_opd.evaluation.maths import Outcome
 from megatron_opd.evaluation.verify import Verdict
@@ -148,7 +148,7 @@ def _compare(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 def items(results: Sequence[Result]) -> list[Item]:
     """The samples of each prompt together, in their order."""
-    votes: dict[str, list[tuple[bool, str | None]]] = {}
+    votes: dict[str, list[tuple[bool, Vote | None]]] = {}
     for result in sorted(results, key=lambda result: result.sample):
         votes.setdefault(result.uid, []).append((result.correct, vote(Verdict(result.correct, result.stated, result.outcome))))
     return [Item(uid, tuple(each)) for uid, each in votes.items()]

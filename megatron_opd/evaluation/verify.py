@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
+from megatron_opd.evaluation.estimates import Vote
 from megatron_opd.evaluation.maths import MathsProcess, Outcome
 
 # Bounded repetitions throughout: a runaway response must not meet quadratic backtracking.
@@ -94,11 +95,11 @@ def is_correct(text: str, answer: str) -> bool:
     return judge(text, answer).correct
 
 
-def canonical(stated: str) -> str:
-    """Equal for answers that are equal strings or numbers: what a majority is counted by."""
+def canonical(stated: str) -> Vote:
+    """Equal for answers that are equal strings or numbers: what a majority is counted by; never raises, whatever the text."""
     normal = _normalise(stated)
     number = _number(normal)
-    return normal if number is None else str(number)
+    return normal if number is None else number  # not as text: Python writes no integer of more than 4,300 digits
 
 
 def last_boxed(text: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +104,7 @@ def number(value: object) -> Number:
     """``value`` where it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) and abs(value) < 1e300 else None
+    return value if abs(value) < 1e300 else None  # an integer is compared as it is, however long
 
 
 def _read_run(folder: Path, name: str) -> Run:

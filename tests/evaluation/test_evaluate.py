@@ -7,9 +7,10 @@ import torch.distributed as dist
 
 from megatron_opd.config import HELDOUT, MonitorsConfig
 from megatron_opd.evaluation import Task, Verdict, accuracy, correctness, evaluate
-from megatron_opd.evaluation.evaluate import requests, verify
+from megatron_opd.evaluation.evaluate import EvalResult, requests, verify
 from megatron_opd.types import NamedTensors, Prompt, Rollout, RolloutRequest, SamplingParams, Source
 from tests.data.factories import make_prompt, make_rollout
+from tests.evaluation.long_numbers import LONG_NUMBERS
 from tests.worker_pool import WorkerPool
 
 SAMPLING = SamplingParams(0.6, 1.0, 8, (1,))
@@ -116,3 +117,12 @@ def test_the_draws_depend_on_the_prompt_and_seed_alone() -> None:
 def test_nothing_to_evaluate_gives_no_figures() -> None:
     task = make_task([])
     assert set(evaluate(EvenHandedEngine(), task, SAMPLING, seed=3).figures(task, MonitorsConfig()).values()) == {None}
+
+
+def test_numbers_of_thousands_of_digits_end_no_evaluation() -> None:
+    prompt = make_prompt("a", 2, "4")
+    for samples in (1, len(LONG_NUMBERS)):
+        rollouts = [make_rollout(prompt=prompt, text=rf"\boxed{{{number}}}") for number in LONG_NUMBERS[:samples]]
+        figures = EvalResult(rollouts, verify(rollouts)).figures(make_task([prompt], samples), MonitorsConfig())
+        assert figures["eval/accuracy"] == 0.0
+        assert figures.get("eval/maj_at_5", 0.0) == 0.0

@@ -116,6 +116,7 @@ def test_several_answers_and_errors_of_olympiad_problems(tmp_path: Path) -> None
         ("olympiad", {**OLYMPIAD, "final_answer": None}, [":1", "no answer", "drop the item"]),  # a theorem to prove
         ("olympiad", {**OLYMPIAD, "image_1": {"bytes": "x"}}, [":1", "image", "OE_TO"]),
         ("olympiad", {**OLYMPIAD, "error": "small"}, [":1", "'error'", "'small'"]),
+        ("olympiad", {**OLYMPIAD, "error": "0.1,inf"}, [":1", "'error'", "'0.1,inf'"]),
         ("aime", ["no object"], [":1", "JSON str", "object"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_opd.config import MonitorsConfig
 from megatron_opd.evaluation.results import Result, ResultFile, check_settings, items, keep_settings, read_results
 from megatron_opd.evaluation.summary import compare, summarise
 from megatron_opd.types import OpdError
+from tests.evaluation.long_numbers import LONG_NUMBERS
 
 SETTINGS = {"model": "m", "temperature": 0.6}
 TASK = {"path": "a.jsonl", "max_new_tokens": 64}
@@ -108,7 +110,7 @@ def test_summary_counts_every_outcome_and_measures_the_responses() -> None:
 
 def test_votes_are_by_value(tmp_path: Path) -> None:
     (item,) = items([result("a", i, stated) for i, stated in enumerate(["0.5", "1/2", r"\frac{1}{2}", "7", "7"])])
-    assert [vote for _, vote in item.samples] == ["1/2", "1/2", "1/2", "7", "7"]
+    assert [vote for _, vote in item.samples] == [Fraction(1, 2), Fraction(1, 2), Fraction(1, 2), Fraction(7), Fraction(7)]
 
 
 def test_evaluations_are_compared_on_the_items_that_both_have(tmp_path: Path) -> None:
@@ -120,3 +122,14 @@ def test_evaluations_are_compared_on_the_items_that_both_have(tmp_path: Path) ->
     assert (found.items, found.won, found.lost, found.estimate.mean) == (3, 1, 1, 0.0)
     with pytest.raises(OpdError, match=r"item a has the answer '5' in .* '9' here; compare evaluations of the same file"):
         compare([result("a", answer="9")], tmp_path / "maths.jsonl", seed=0)
+
+
+def test_saved_results_with_numbers_of_thousands_of_digits_are_summed_up(tmp_path: Path) -> None:
+    with ResultFile(tmp_path, "maths") as file:
+        file.append([result("a", sample, number) for sample, number in enumerate(LONG_NUMBERS)])
+        file.append([result("a", len(LONG_NUMBERS), f"+{LONG_NUMBERS[0]}")])
+    read = read_results(tmp_path / "maths.jsonl")
+    (item,) = items(read)
+    votes = [answer for _, answer in item.samples]
+    assert votes[0] == votes[-1] and len(set(votes)) == len(LONG_NUMBERS)
+    assert summarise(read, len(read), MonitorsConfig(), seed=0).estimates[f"maj@{len(read)}"].mean == 0.0

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_opd.evaluation import extract_answer, is_correct, judge
 from megatron_opd.evaluation.maths import MathsProcess, Outcome
+from megatron_opd.evaluation.verify import canonical
+from tests.evaluation.long_numbers import LONG_NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,11 @@ def test_runaway_responses_are_quick() -> None:
         for piece in pieces:
             is_correct(before + piece * (50_000 // len(piece)), "5")
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("number", LONG_NUMBERS)
+def test_numbers_longer_than_python_writes_in_decimal_are_judged_and_counted(number: str) -> None:
+    assert judge(rf"\boxed{{{number}}}", "5").outcome == "ok"
+    assert judge(rf"\boxed{{{number}}}", f"+{number}").correct
+    assert canonical(number) == canonical(f"+{number}")
+    assert canonical(number) != canonical(f"-{number}")

@@ -37,7 +37,7 @@ def test_lines_that_are_no_records_are_counted_and_the_later_of_two_of_a_step_co
 def test_nulls_nan_and_texts_are_gaps(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "a": null, "b": NaN, "c": 1.5, "d": "text", "e": true}\n'
-        '{"step": 2, "a": 1, "b": Infinity, "rollout/length_histogram": [0, "x"]}\n'
+        f'{{"step": 2, "a": 1, "b": Infinity, "f": {"9" * 400}, "g": -1e999, "rollout/length_histogram": [0, "x"]}}\n'
     )
     (run,) = read_runs([tmp_path])
     assert run.curves.columns == {"a": [None, 1], "c": [1.5, None]}
