@@ -21,9 +21,9 @@ class Recovery:
     def roll_back(self, state: TrainState, alarm: Alarm) -> TrainState:
         """The state to go on from; model, optimizer, engines, monitors and metrics are back there too.
 
-        The same prompts come again, with the coefficients raised. Checkpoints of later steps are deleted: a
-        run that is started again must not resume from them. Raises RunStopped, after a checkpoint, where there is no healthy
-        one or the limit is reached.
+        The same prompts come again, with the coefficients raised. Checkpoints of later steps are deleted: a run that is started
+        again must not resume from them. The one that was returned to gets the raised coefficients. Raises RunStopped, after a
+        checkpoint, where there is no healthy one or the limit is reached.
         """
         config, system, saver = self._config, self._system, self._saver
         settings = config.monitors.rollback
@@ -51,6 +51,7 @@ class Recovery:
             f"gold weight {before.gold_weight:.4g} -> {after.gold_weight:.4g}"
         )
         self._reporter.rolled_back(restored, alarm, action)
+        saver.restate(target, restored)  # last: a run killed before goes back anew, one killed later has gone back
         return restored
 
     def _stop(self, state: TrainState, alarm: Alarm, reason: str) -> None:

@@ -28,7 +28,8 @@ _SAMPLED_PROMPTS = 4
 class Reporter:
     """A context manager around the run. Every rank makes one, so that the loop has no rank in it; all but rank 0 are silent."""
 
-    def __init__(self, config: Config, resume_step: int, tokenizer: Tokenizer, *, rank: int) -> None:
+    def __init__(self, config: Config, resume_step: int, tokenizer: Tokenizer, *, rank: int, rollbacks: int) -> None:
+        """``rollbacks``: how often the run went back before the checkpoint that it resumes from."""
         self.config, self.tokenizer = config, tokenizer
         self.run_dir = Path(config.run.dir)
         self.active = rank == 0
@@ -38,7 +39,7 @@ class Reporter:
             (self.run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
             first_step = resume_step + 1 if resume_step else 0
             self.sinks = open_sinks(config.metrics, self.run_dir, config.run.name, tree, resume_step=first_step)
-            self.alarms = AlarmLog(self.run_dir / "alarms.jsonl", first_step)
+            self.alarms = AlarmLog(self.run_dir / "alarms.jsonl", first_step, rollbacks)
             self.console = TrainingConsole(config.run.steps, resume_step, sys.stdout)
 
     def __enter__(self) -> Self:
@@ -149,6 +150,7 @@ class Reporter:
         """Metrics go on from ``state``; what came after it is set apart."""
         if self.active:
             self.acted(self.last_step, alarm, action)
+            self.alarms.rewind(state.step, state.rollbacks)
             for sink in self.sinks:
                 sink.rewind(state.step, state.rollbacks)
 

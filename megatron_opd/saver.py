@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 from megatron_opd.config import Config
 from megatron_opd.mcore.checkpoint import start_checkpoint
-from megatron_opd.mcore.checkpoint_files import CheckpointWrite, SaveFailed, latest_checkpoint
+from megatron_opd.mcore.checkpoint_files import CheckpointWrite, SaveFailed, latest_checkpoint, restate
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.reporter import Reporter
 from megatron_opd.types import RunInterrupted, RunStopped, TrainState
@@ -50,6 +51,14 @@ class Saver:
             self._failed(error)
         if not config.checkpoint.async_save:
             self.finish()
+
+    def restate(self, path: Path, state: TrainState) -> None:
+        """``state`` in place of the one of the checkpoint at ``path``, whose weights it has."""
+        self._pending_step = state.step
+        try:
+            restate(path, asdict(state))
+        except SaveFailed as error:
+            self._failed(error)
 
     def poll(self) -> None:
         """Complete the checkpoint if all ranks have written their parts; does not wait."""

@@ -17,7 +17,7 @@ from megatron_opd.data.token_weights import token_shares
 from megatron_opd.evaluation.evaluate import accuracy, evaluate
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
-from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified
+from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified, rollbacks_before
 from megatron_opd.mcore.model import dtype_of
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
@@ -54,7 +54,11 @@ def train(config: Config, platform: Platform) -> None:
         inputs = _verify_resume(config, prepare(config, platform, dist.get_world_size()))
         layout = init_layout(config.student.parallel, config.run.seed)
         system = build_system(config, inputs, platform, layout)
-        with closing(system), Reporter(config, inputs.resume_step, inputs.tokenizer, rank=dist.get_rank()) as reporter:
+        rank, rollbacks = dist.get_rank(), rollbacks_before(inputs.resume) if inputs.resume else 0
+        with (
+            closing(system),
+            Reporter(config, inputs.resume_step, inputs.tokenizer, rank=rank, rollbacks=rollbacks) as reporter,
+        ):
             with Saver(config, system.trainer, reporter) as saver, StopSignal() as stop:
                 recovery = Recovery(config, system, saver, reporter)
                 state = _run(config, inputs, system, reporter, saver, recovery, stop)

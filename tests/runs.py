@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ def run(folder: Path, config: dict[str, Any], *overrides: str, command: str = "t
 
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """Until the metrics show ``step``."""
+    wait_until(process, lambda: any(record["step"] >= step for record in metrics(run_dir)))
+
+
+def wait_until(process: subprocess.Popen[str], true: Callable[[], bool]) -> None:
+    """For something that a run will show."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not any(record["step"] >= step for record in metrics(run_dir)):
+    while not true():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -89,6 +95,11 @@ def wait_for_engines(process: subprocess.Popen[str], run_dir: Path, engines: int
 def kill_after_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """SIGKILL to all of its processes as soon as the metrics show ``step``."""
     wait_for_step(process, run_dir, step)
+    kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to all of its processes."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

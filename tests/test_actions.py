@@ -21,8 +21,14 @@ ALARM, TARGET = 9, 6  # steps
 
 @pytest.fixture(scope="module")
 def turned_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run whose responses get longer by its budget's schedule, which sounds like inflation, each time anew."""
     folder = tmp_path_factory.mktemp("actions")
+    result = runs.run(folder, inflating(folder))
+    assert result.returncode == 1, result.stderr
+    return folder / "run", result.stderr
+
+
+def inflating(folder: Path) -> dict[str, Any]:
+    """A run whose responses get longer by its budget's schedule, which sounds like inflation, each time anew."""
     config = runs.make_inputs(folder)
     config["run"]["steps"] = 14
     config["rollout"]["length_budget"] = {"start": 2, "steps": 10}
@@ -34,9 +40,7 @@ def turned_back(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "rollback": {"limit": 2, "margin": 3, "reference_kl_factor": 3.0, "gold_weight_factor": 5.0},
     }
     del config["eval"]
-    result = runs.run(folder, config)
-    assert result.returncode == 1, result.stderr
-    return folder / "run", result.stderr
+    return config
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -89,6 +93,26 @@ def test_no_checkpoint_is_left_of_what_was_given_up(turned_back: tuple[Path, str
     assert sorted(states)[-1] == ALARM  # saved before the run stopped
     assert (states[ALARM]["healthy"], states[ALARM]["rollbacks"]) == (False, 2)
     assert states[8]["rollbacks"] == 2  # those of the passes before are gone
+
+
+def test_a_run_that_is_killed_before_its_next_checkpoint_remembers_that_it_went_back(
+    turned_back: tuple[Path, str], tmp_path: Path
+) -> None:
+    config = inflating(tmp_path)
+    config["checkpoint"] |= {"every": 3}  # none between the step that was returned to and the alarm
+    process = runs.start(tmp_path, config)
+    runs.wait_until(process, lambda: any(record["mixture/reference_kl"] > 0.2 for record in runs.metrics(tmp_path / "run")))
+    runs.kill(process)
+    result = runs.run(tmp_path, config)
+    assert result.returncode == 1, result.stderr
+    assert "monitors.rollback.limit is 2" in result.stderr
+
+    assert lines(tmp_path / "run" / "alarms.jsonl") == lines(turned_back[0] / "alarms.jsonl")
+    for name in ("metrics.jsonl", "rolled_back.jsonl"):
+        for killed, other in zip(lines(tmp_path / "run" / name), lines(turned_back[0] / name), strict=True):
+            for key in other:
+                if not key.startswith(runs.TIMINGS):
+                    assert killed[key] == other[key], (name, other["step"], key)
 
 
 def test_without_a_healthy_checkpoint_the_run_stops_and_says_so(turned_back: tuple[Path, str]) -> None:

@@ -81,6 +81,14 @@ def delete_later(folder: Path, target: Path) -> None:
     dist.barrier()
 
 
+def restate(path: Path, state: dict[str, Any]) -> None:
+    """Another ``state`` beside the same weights; a crash leaves the old or the new one. Collective over the world.
+
+    Raises SaveFailed.
+    """
+    _together(lambda: _replace_state(path, {**read_state(path), "state": state}) if dist.get_rank() == 0 else None)
+
+
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest with the right content, or None; and a line for each newer one. Collective over the world, which shares out
     the reading."""
@@ -115,6 +123,11 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise OpdError(f"checkpoint {path}: {STATE} cannot be read; delete this folder to use the checkpoint before") from error
     return content
+
+
+def rollbacks_before(path: Path) -> int:
+    """How often the run of a checkpoint went back before it. Raises OpdError."""
+    return int(read_state(path)["state"].get("rollbacks", 0))
 
 
 def read_files(path: Path) -> Files:
@@ -228,9 +241,7 @@ class CheckpointWrite:
         """By the first rank: what the writing processes did not write is small."""
         rest = [path for path in _files(self.partial) if str(path.relative_to(self.partial)) not in files]
         listed = {**files, **list_files(rest, self.partial, to_disk=True)}
-        _write_durably(
-            self.partial / STATE, json.dumps({**self.content, "files": dict(sorted(listed.items()))}, indent=2) + "\n"
-        )
+        _write_durably(self.partial / STATE, _state_text({**self.content, "files": dict(sorted(listed.items()))}))
         if self.target.exists():  # the same step of an earlier, resumed run
             shutil.rmtree(self.target)
         self.partial.rename(self.target)
@@ -263,6 +274,17 @@ def _delete(path: Path) -> None:
     with suppress(OSError):
         (path / STATE).unlink()  # first: half a checkpoint is then none
         shutil.rmtree(path)
+
+
+def _replace_state(path: Path, content: dict[str, Any]) -> None:
+    partial = path / f".{STATE}.partial"
+    _write_durably(partial, _state_text(content))
+    partial.rename(path / STATE)
+    _sync_folder(path)
+
+
+def _state_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _write_and_list(

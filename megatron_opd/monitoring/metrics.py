@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -67,7 +67,7 @@ class JsonlSink:
     def rewind(self, step: int, rollback: int) -> None:
         """Lines after ``step`` go to rolled_back.jsonl, each with the number of the rollback."""
         self._file.close()
-        lines = [json.loads(line) for line in self._path.read_bytes().splitlines() if step < _step_of(line + b"\n") < math.inf]
+        lines = [line for line in whole_lines(self._path) if line["step"] > step]
         with self._path.with_name("rolled_back.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**line, "rollback": rollback}) + "\n" for line in lines)
         drop_from(self._path, step + 1)
@@ -151,20 +151,28 @@ def _add_histogram(writer: Any, name: str, histogram: Histogram, step: int) -> N
 
 
 def drop_from(file: Path, resume_step: int) -> None:
-    """Rewrite ``file`` with its whole lines of steps before ``resume_step``; a crash leaves the old file or the new one."""
-    kept = [line for line in file.read_bytes().splitlines(keepends=True) if _step_of(line) < resume_step]
+    """Rewrite ``file`` with its whole lines of steps before ``resume_step``."""
+    rewrite(file, (line for line in whole_lines(file) if line["step"] < resume_step))
+
+
+def whole_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects that have a step; torn lines are left out."""
+    lines = []
+    for line in file.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and line.endswith(b"\n"):
+            lines.append(record)
+    return lines
+
+
+def rewrite(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line; a crash leaves the old file or the new one."""
     rewritten = file.with_suffix(".tmp")
-    rewritten.write_bytes(b"".join(kept))
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(rewritten, file)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a whole line; infinity for a torn one."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-    return step if isinstance(step, int) and line.endswith(b"\n") else math.inf
 
 
 def _import(module: str, package: str, command: str) -> ModuleType:

@@ -115,7 +115,7 @@ def test_tensorboard_shows_histograms_and_goes_back(tmp_path: Path) -> None:
 
 
 def test_an_alarm_that_goes_on_is_told_once_and_a_killed_runs_are_dropped(tmp_path: Path) -> None:
-    log = AlarmLog(tmp_path / "alarms.jsonl", 0)
+    log = AlarmLog(tmp_path / "alarms.jsonl", 0, 0)
     alarm = Alarm("truncation", "warn", 0.5, 0.3, "step 1: half")
     assert log.begun([alarm]) == [alarm]
     assert log.begun([alarm]) == []
@@ -123,9 +123,31 @@ def test_an_alarm_that_goes_on_is_told_once_and_a_killed_runs_are_dropped(tmp_pa
     assert log.begun([alarm]) == [alarm]
     log.write(1, alarm, "warned")
     log.write(4, alarm, "stopped")
-    AlarmLog(tmp_path / "alarms.jsonl", 4)
+    AlarmLog(tmp_path / "alarms.jsonl", 4, 0)
     [line] = (tmp_path / "alarms.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 1, **asdict(alarm), "action": "warned"}
+
+
+def test_alarms_of_steps_that_a_run_went_back_from_are_numbered_and_outlive_a_kill(tmp_path: Path) -> None:
+    file = tmp_path / "alarms.jsonl"
+    log = AlarmLog(file, 0, 0)
+    alarm = Alarm("truncation", "rollback", 0.5, 0.3, "half")
+    for rollback in (1, 2):
+        for step in (3, 6, 8):
+            log.write(step, alarm, "warned")
+        log.rewind(5, rollback)
+    log.write(7, alarm, "warned")
+
+    def steps(resume_step: int, rollbacks: int) -> list[tuple[int, int | None]]:
+        (tmp_path / "resumed.jsonl").write_bytes(file.read_bytes() + b'{"step": 3, "rollback": 1')
+        AlarmLog(tmp_path / "resumed.jsonl", resume_step, rollbacks)
+        return [(line["step"], line.get("rollback")) for line in read(tmp_path / "resumed.jsonl")]
+
+    whole = [(3, None), (6, 1), (8, 1), (3, None), (6, 2), (8, 2)]
+    assert steps(6, 2) == whole
+    assert steps(8, 2) == [*whole, (7, None)]
+    assert steps(6, 1) == whole[:4]  # killed within the second rollback
+    assert steps(0, 0) == []
 
 
 def test_wandb_takes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
