@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from megatron_opd.config import ControlConfig
@@ -24,7 +25,8 @@ def control(state: TrainState, config: ControlConfig, reference_kl: float, trunc
 
     A factor grows while its figure is above the target, by ``rate`` a step where it is twice the target or more, by less where
     it is nearer. Below the target it falls a tenth as fast, for what a term has cured comes back without it. It stays within
-    1 .. ``max_factor``.
+    1 .. ``max_factor``, but what rollbacks raised beyond that stays until its figure is below the target. A figure that is not
+    finite, as of a skipped step, moves nothing.
     """
     if config.reference_kl_target is not None:
         state.reference_factor = _moved(state.reference_factor, reference_kl, config.reference_kl_target, config)
@@ -33,5 +35,8 @@ def control(state: TrainState, config: ControlConfig, reference_kl: float, trunc
 
 
 def _moved(factor: float, value: float, target: float, config: ControlConfig) -> float:
+    if not math.isfinite(value):
+        return factor
     error = min(1.0, (value - target) / target)
-    return min(config.max_factor, max(1.0, factor * (1.0 + config.rate * error * (1.0 if error > 0 else _FALL))))
+    moved = factor * (1.0 + config.rate * error * (1.0 if error > 0 else _FALL))
+    return min(max(config.max_factor, factor), max(1.0, moved))

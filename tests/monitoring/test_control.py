@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megatron_opd.config import ControlConfig
@@ -45,3 +47,19 @@ def test_factors_stay_within_their_bounds() -> None:
     for _ in range(100):
         control(state, config, reference_kl=0.0, truncation=0.0)
     assert state.gold_factor == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_moves_nothing(value: float) -> None:
+    state = TrainState(reference_factor=3.0, gold_factor=5.0)
+    config = ControlConfig(reference_kl_target=0.1, truncation_target=0.2)
+    control(state, config, reference_kl=value, truncation=value)
+    assert (state.reference_factor, state.gold_factor) == (3.0, 5.0)
+
+
+def test_what_rollbacks_raised_beyond_the_bound_is_not_cut_but_falls_with_its_figure() -> None:
+    state, config = TrainState(gold_factor=1000.0), ControlConfig(truncation_target=0.1, rate=0.1, max_factor=100.0)
+    control(state, config, reference_kl=0.0, truncation=0.9)
+    assert state.gold_factor == 1000.0
+    control(state, config, reference_kl=0.0, truncation=0.0)
+    assert state.gold_factor == pytest.approx(990.0)
