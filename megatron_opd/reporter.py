@@ -123,9 +123,7 @@ class Reporter:
                 f"step {state.step}: skipped, non-finite loss or gradient ({state.consecutive_skips} in a row"
                 + (f"; the student's logits are not finite on {terms.bad_student:.0f} tokens)" if terms.bad_student else ")")
             )
-        for alarm in self.alarms.begun(alarms):
-            if alarm.level == "warn":
-                self.acted(state.step, alarm, "warned")
+        self.acted(state.step, [alarm for alarm in self.alarms.begun(alarms) if alarm.level == "warn"], "warned")
         if self.samples(state.step, rollouts):
             correct = correctness(rollouts)
             write_samples(self.run_dir, state.step, rollouts, correct, _SAMPLED_PROMPTS)
@@ -140,16 +138,17 @@ class Reporter:
                 _SAMPLED_PROMPTS,
             )
 
-    def acted(self, step: int, alarm: Alarm, action: str) -> None:
-        """An alarm, as a message and in alarms.jsonl, with what came of it."""
+    def acted(self, step: int, alarms: Sequence[Alarm], action: str) -> None:
+        """Each alarm, as a message and in alarms.jsonl, with what came of it."""
         if self.active:
-            self.console.message(f"{alarm.level}: {alarm.message}" + ("" if action == "warned" else f"; {action}"))
-            self.alarms.write(step, alarm, action)
+            for alarm in alarms:
+                self.console.message(f"{alarm.level}: {alarm.message}" + ("" if action == "warned" else f"; {action}"))
+                self.alarms.write(step, alarm, action)
 
-    def rolled_back(self, state: TrainState, alarm: Alarm, action: str) -> None:
+    def rolled_back(self, state: TrainState, alarms: Sequence[Alarm], action: str) -> None:
         """Metrics go on from ``state``; what came after it is set apart."""
         if self.active:
-            self.acted(self.last_step, alarm, action)
+            self.acted(self.last_step, alarms, action)
             self.alarms.rewind(state.step, state.rollbacks)
             for sink in self.sinks:
                 sink.rewind(state.step, state.rollbacks)

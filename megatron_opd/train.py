@@ -118,7 +118,7 @@ def _run(
             keep = reporter.samples(state.step + 1, rollouts)
             stats = trainer.step(batches, teacher_scores, reference_scores, objective=objective, rollouts=rollouts, keep=keep)
         state.step += 1
-        state.healthy = not alarms
+        state.healthy, state.alarms = not alarms, [f"{alarm.monitor}.{alarm.level}" for alarm in alarms]
         _count_skips(state, stats)
         control(state, config.monitors.control, stats.terms.reference_kl, system.monitors.summary()["rollout/truncation_rate"])
         with clock.phase("rollout"):
@@ -144,7 +144,7 @@ def _run(
         saver.poll()
         _stop_if_needed(config, state, stats, alarms, saver, reporter, on_policy=not lag["policy/lag_max"])
         if turning_back := [alarm for alarm in alarms if alarm.level == "rollback"]:
-            state = recovery.roll_back(state, turning_back[0])
+            state = recovery.roll_back(state, turning_back)
             continue
         asked = stop.received()
         if asked or state.step % config.checkpoint.every == 0 or state.step == config.run.steps:
@@ -177,14 +177,20 @@ def _stop_if_needed(
     *,
     on_policy: bool,
 ) -> None:
-    """Raises RunStopped, after a checkpoint where the weights are still good."""
+    """Raises RunStopped, after a checkpoint where the weights are still good.
+
+    Alarms that ask for it, or for a rollback, are on record then.
+    """
+    acting = [alarm for alarm in alarms if alarm.level != "warn"]
     if state.consecutive_skips >= config.run.max_skipped_steps:
+        reporter.acted(state.step, acting, "stopped")
         raise RunStopped(
             f"step {state.step}: {state.consecutive_skips} steps in a row had a non-finite loss or gradient; the checkpoints "
             f"in {saver.folder} are intact; lower optimizer.lr, or look at the last samples"
         )
     gap, bound = stats.terms.engine_gap, config.rollout.max_engine_gap
     if on_policy and bound is not None and gap > bound:  # what older weights wrote differs, as it should
+        reporter.acted(state.step, acting, "stopped")
         raise RunStopped(
             f"step {state.step}: the engine's log-probabilities differ from the trainer's by {gap:.3g} nats a token, more than "
             f"rollout.max_engine_gap={bound}: it has other weights or computes otherwise; the checkpoints in {saver.folder} "
@@ -194,7 +200,7 @@ def _stop_if_needed(
     if stops:
         saver.save(state)
         saver.finish()
-        reporter.acted(state.step, stops[0], "stopped")
+        reporter.acted(state.step, acting, "stopped")
         raise RunStopped(f"{stops[0].message}; the last checkpoint is {latest_checkpoint(saver.folder)}")
 
 

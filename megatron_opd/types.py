@@ -231,6 +231,7 @@ class TrainState:
     cursor: DataCursor = field(default_factory=DataCursor)
     monitors: dict[str, Any] = field(default_factory=dict)  # the monitors' own serialised windows
     healthy: bool = True  # the last step raised no alarm
+    alarms: list[str] = field(default_factory=list)  # else the thresholds that were reached, as "truncation.warn"
     rollbacks: int = 0
     reference_factor: float = 1.0  # on the configured coefficients: what rollbacks and control made of them
     gold_factor: float = 1.0

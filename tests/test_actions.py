@@ -17,6 +17,7 @@ from megatron_opd.types import OpdError
 from tests import runs
 
 ALARM, TARGET = 9, 6  # steps
+REPETITION = {"repetition_tail_chars": 1}  # measured on any response
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,10 @@ def inflating(folder: Path) -> dict[str, Any]:
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def alarms(run: Path) -> list[tuple[int, str, str, str]]:
+    return [(line["step"], line["monitor"], line["level"], line["action"]) for line in lines(run / "alarms.jsonl")]
 
 
 def test_a_run_stops_when_it_went_back_as_often_as_it_may(turned_back: tuple[Path, str]) -> None:
@@ -92,6 +97,7 @@ def test_no_checkpoint_is_left_of_what_was_given_up(turned_back: tuple[Path, str
     }
     assert sorted(states)[-1] == ALARM  # saved before the run stopped
     assert (states[ALARM]["healthy"], states[ALARM]["rollbacks"]) == (False, 2)
+    assert states[ALARM]["alarms"] == ["length_growth.rollback"]
     assert states[8]["rollbacks"] == 2  # those of the passes before are gone
 
 
@@ -120,13 +126,41 @@ def test_without_a_healthy_checkpoint_the_run_stops_and_says_so(turned_back: tup
     config = runs.make_inputs(folder)
     config["run"] |= {"name": "early", "dir": str(folder / "early")}
     config["student"]["parallel"] = {"tp": 1}
-    config["monitors"] = {"truncation": {"warn": 0.0, "rollback": 0.0}}
+    config["monitors"] = {"truncation": {"warn": 0.0, "rollback": 0.0}, **REPETITION, "repetition": {"rollback": 0.0}}
     del config["eval"]
     result = runs.run(folder, config)
     assert result.returncode == 1
     assert "step 1: " in result.stderr
+    assert alarms(folder / "early") == [(1, "truncation", "rollback", "stopped"), (1, "repetition", "rollback", "stopped")]
     assert "is healthy; lower checkpoint.every" in result.stderr.splitlines()[-1]
     assert (folder / "early" / "checkpoints" / "iter_0000001").is_dir()
+
+
+def test_every_alarm_of_the_last_step_is_on_record(turned_back: tuple[Path, str]) -> None:
+    folder = turned_back[0].parent
+    config = runs.make_inputs(folder)
+    config["run"] |= {"name": "both", "dir": str(folder / "both")}
+    config["student"]["parallel"] = {"tp": 1}
+    config["monitors"] = {"truncation": {"stop": 0.0}, **REPETITION, "repetition": {"rollback": 0.0}}
+    del config["eval"]
+    gap = runs.run(folder, config, "rollout.max_engine_gap=1e-9")
+    assert gap.returncode == 1 and "rollout.max_engine_gap" in gap.stderr
+    both = [(1, "truncation", "stop", "stopped"), (1, "repetition", "rollback", "stopped")]
+    assert alarms(folder / "both") == both
+    result = runs.run(folder, config)
+    assert result.returncode == 1 and "monitors.truncation.stop is 0.0; the last checkpoint is" in result.stderr
+    assert alarms(folder / "both") == both
+
+
+def test_without_a_healthy_checkpoint_the_alarm_that_kept_them_from_it_is_named(turned_back: tuple[Path, str]) -> None:
+    folder = turned_back[0].parent
+    config = inflating(folder)
+    config["run"] |= {"name": "warned", "dir": str(folder / "warned")}
+    config["student"]["parallel"] = {"tp": 1}
+    config["monitors"]["truncation"] = {"warn": 0.0}
+    result = runs.run(folder, config)
+    assert result.returncode == 1
+    assert "is healthy: monitors.truncation.warn was reached at their steps; raise it, or set it to null" in result.stderr
 
 
 @pytest.mark.parametrize(

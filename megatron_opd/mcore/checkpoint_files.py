@@ -70,6 +70,12 @@ def healthy_checkpoint(folder: Path, last_step: int) -> Path | None:
     return next((path for path in checkpoints(folder) if number(path) <= last_step and _is_healthy(path)), None)
 
 
+def alarms_of_checkpoints(folder: Path) -> list[str]:
+    """The thresholds that were reached at their steps, as "truncation.warn", each once; of those whose files are there."""
+    whole = [read_state(path)["state"] for path in checkpoints(folder) if damage(path) is None]
+    return sorted({alarm for state in whole for alarm in state.get("alarms", [])})
+
+
 def delete_later(folder: Path, target: Path) -> None:
     """The checkpoints of later steps than ``target``'s. Collective over the world."""
     dist.barrier()  # no rank looks for one any more
