@@ -18,7 +18,7 @@ from megatron_opd.monitoring.console import TrainingConsole, summary_table
 from megatron_opd.monitoring.metrics import open_sinks
 from megatron_opd.monitoring.monitors import Monitors
 from megatron_opd.monitoring.samples import places_of_prompts, write_samples, write_token_samples
-from megatron_opd.types import Alarm, Histogram, LossTerms, Rollout, StepStats, Tokenizer, TrainState
+from megatron_opd.types import Alarm, Histogram, LossTerms, Rollout, Source, StepStats, Tokenizer, TrainState
 
 Record = Mapping[str, float | int | None]
 _SAMPLES_EVERY = 10  # steps
@@ -107,6 +107,7 @@ class Reporter:
             "loss/reference_kl": terms.reference_kl if objective.reference_kl else None,
             f"loss/gold_{off_policy}": terms.gold if objective.gold_weight else None,
             f"loss/teacher_{off_policy}": terms.teacher_written if objective.teacher_weight else None,
+            **_weight_shares(terms),
             "grad_norm": stats.grad_norm,
             "learning_rate": stats.learning_rate,
             "policy_version": state.policy_version,
@@ -192,3 +193,14 @@ def _advantage_split(terms: LossTerms[float]) -> dict[str, float | None]:
         "policy/advantage_regular": (terms.advantage - repeated) / (1 - share) if share < 1 else None,
         "policy/repeated_weight": share,
     }
+
+
+def _weight_shares(terms: LossTerms[float]) -> dict[str, float | None]:
+    """What each source has of the step's weight in the loss; None where nothing has any."""
+    weights = {
+        Source.STUDENT: terms.student_weight,
+        Source.TEACHER: terms.teacher_weight,
+        Source.GOLD: terms.gold_weight,
+    }
+    total = sum(weights.values())
+    return {f"mixture/{source}_share_of_weight": weight / total if total else None for source, weight in weights.items()}

@@ -147,7 +147,7 @@ Value = TypeVar("Value")
 
 
 class LossTerms(NamedTuple, Generic[Value]):
-    """Weighted sums over tokens, which micro-batches and data-parallel ranks add up; each term before its coefficient.
+    """Weighted sums over tokens, which micro-batches and data-parallel ranks add up; each but weights before its coefficient.
 
     Divergences, entropies and log-probabilities in nats; from ``entropy`` to ``repeated_weight`` rollout-weighted means once
     summed.
@@ -172,6 +172,9 @@ class LossTerms(NamedTuple, Generic[Value]):
     repeated_advantage: Value  # the advantage's part on repeated tokens, not a mean
     overlap: Value  # summed over sampled rollout positions: share of the student's k likeliest tokens among the teacher's k
     overlap_positions: Value  # how many those are; 0: not measured
+    student_weight: Value  # of rollouts in the OPD term, coefficient and token weights included; the reference term apart
+    teacher_weight: Value  # likewise of teacher-written responses in theirs
+    gold_weight: Value
     bad_student: Value  # tokens on which the model's logits hold NaN or infinity
     bad_teacher: Value
     bad_reference: Value

@@ -73,7 +73,11 @@ def test_metrics_go_on_from_there_and_the_rest_is_set_apart(turned_back: tuple[P
     for number, records in enumerate(passes):
         for record in records:
             assert record["mixture/reference_kl"] == pytest.approx(0.1 * 3**number)
-            assert record["mixture/gold_weight"] == pytest.approx(0.1 * 5**number)
+            gold = record["mixture/gold_weight"]
+            assert gold == pytest.approx(0.1 * 5**number)
+            weights = {"student": 1.0, "teacher": 1.0, "gold": gold}
+            shares = {source: record[f"mixture/{source}_share_of_weight"] for source in weights}
+            assert shares == pytest.approx({source: weight / (2.0 + gold) for source, weight in weights.items()})
             assert abs(record["policy/engine_gap_max"]) < 1e-4  # nats: the engine went back too
     versions = [record["policy_version"] for records in passes for record in records]
     assert all(after > before for before, after in pairwise(versions))

@@ -193,6 +193,8 @@ class _Streams:
         old_log_probs = rollout_rows.tokens.old_log_probs
         gap = (values.log_probs - old_log_probs).abs().where(rollout > 0, 0.0)
         repeated = rollout * self.repeated.to(self.device)[positions]  # [R]
+        opd_weights, label_weights = rollout_rows.tokens.opd_weights, label_rows.tokens.label_weights
+        weights = self._spread(positions, opd_weights) + self._spread(label_rows.positions, label_weights)  # [T]
         unknown = rollout.new_zeros(())
         terms = LossTerms(
             loss=loss.detach(),
@@ -214,6 +216,9 @@ class _Streams:
             repeated_advantage=repeated @ values.advantage,
             overlap=unknown,  # costs more products: top_k_overlap
             overlap_positions=unknown,
+            student_weight=weights @ (rollout_stream > 0).to(weights),
+            teacher_weight=weights @ (teacher > 0).to(weights),
+            gold_weight=weights @ (gold > 0).to(weights),
             bad_student=values.bad_student.sum() + label_values.bad_student.sum(),
             bad_teacher=values.bad_teacher.sum(),
             bad_reference=values.bad_reference.sum(),

@@ -22,6 +22,8 @@ _SHOWN = {
     "rollout/accuracy": ("accuracy", ".1%"),
     "rollout/length_mean": ("length", ".0f"),
     "rollout/truncation_rate": ("truncated", ".0%"),
+    "mixture/student_share_of_weight": ("rollout weight", ".1%"),
+    "mixture/gold_share_of_weight": ("gold weight", ".1%"),
     "loss/reference_kl": ("ref KL", ".4f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }

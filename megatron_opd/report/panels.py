@@ -308,6 +308,19 @@ SECTIONS = (
                 high=1.0,
             ),
             Panel(
+                "weights",
+                "Weight in the loss",
+                "share",
+                "What the sources have of the loss's weight. No response length moves it; a step without one of them does.",
+                (
+                    Curve("mixture/student_share_of_weight", "student"),
+                    Curve("mixture/teacher_share_of_weight", "teacher"),
+                    Curve("mixture/gold_share_of_weight", "gold"),
+                ),
+                low=0.0,
+                high=1.0,
+            ),
+            Panel(
                 "coefficients",
                 "Coefficients in force",
                 "",

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_opd.audit import oracle
-from megatron_opd.types import Objective, OpdKind
+from megatron_opd.data import pack
+from megatron_opd.data.token_weights import token_shares
+from megatron_opd.losses import distillation_loss
+from megatron_opd.monitoring.repetition import repeated_tokens
+from megatron_opd.types import Objective, OpdKind, Rollout, Source
+from tests.data.factories import make_rollout
 from tests.losses.problems import (
     KINDS,
     OBJECTIVE,
@@ -221,3 +226,40 @@ def test_terms_are_sums_so_two_halves_of_a_batch_add_up() -> None:
     for name in SCALARS:
         torch.testing.assert_close(halves[0].output[name] + halves[1].output[name], whole.output[name])
     torch.testing.assert_close(halves[0].head_grad + halves[1].head_grad, whole.head_grad)
+
+
+def weights_in_the_loss(rollouts: list[Rollout], objective: Objective, dp_size: int) -> list[float]:
+    """Of student, teacher and gold, summed over the ranks' micro-batches; truncated responses count half."""
+    shares = token_shares(rollouts, repeated_tokens([each.response_ids for each in rollouts]), 0.5, 1.0)
+    of_ranks = pack(rollouts, dp_size=dp_size, max_tokens=8, aggregation="token", shares=shares)
+    generator, sums = torch.Generator().manual_seed(5), torch.zeros(3)
+    for batch in (batch for batches in of_ranks for batch in batches):
+        hidden, head = (torch.randn(count, 4, generator=generator) for count in (batch.num_tokens, 120))
+        terms = distillation_loss(
+            hidden,
+            head,
+            batch,
+            objective,
+            teacher_hidden=hidden + 0.1,
+            teacher_head=head,
+            reference_hidden=hidden,
+            reference_head=head,
+            vocab_size=120,
+            group=None,
+        ).terms
+        sums += torch.stack([terms.student_weight, terms.teacher_weight, terms.gold_weight])
+    return sums.tolist()
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+def test_the_weight_that_each_source_has_in_the_loss(dp_size: int) -> None:
+    written = [make_rollout(tokens=1), make_rollout(tokens=1, finish_reason="length"), make_rollout(tokens=1)]
+    others = [make_rollout(Source.TEACHER, tokens=2), make_rollout(Source.GOLD, tokens=3)]
+    objective = replace(OBJECTIVE, opd="sampled", student_weight=2.0, teacher_weight=0.5, gold_weight=0.25, reference_kl=0.1)
+    assert weights_in_the_loss([*written, *others], objective, dp_size) == pytest.approx([2.0, 0.5, 0.25])
+    assert weights_in_the_loss(others, objective, dp_size) == pytest.approx([0.0, 0.5, 0.25])  # nothing in a source's place
+    # A response's first token weighs 1 + gamma.
+    first = replace(objective, position_weight=3.0)
+    assert weights_in_the_loss([*written, *others], first, dp_size) == pytest.approx([8.0, 0.5, 0.25])
+    divergence = replace(objective, off_policy="divergence")
+    assert weights_in_the_loss([*written, *others], divergence, dp_size) == pytest.approx([2.0, 0.5, 0.25])

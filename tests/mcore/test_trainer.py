@@ -105,6 +105,7 @@ OTHER_SPLITS = {
 MONITORED = (
     *("log_prob", "teacher_log_prob", "engine_log_prob", "repeated_weight", "repeated_advantage"),
     *("overlap", "overlap_positions"),
+    *("student_weight", "teacher_weight", "gold_weight"),
 )
 
 
@@ -124,6 +125,11 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
     frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64, experts_implementation="eager")
     rollouts = make_rollouts(0, policy.config.vocab_size)
     objective, counts = case.objective, dict.fromkeys(Source, 0)
+    coefficients = {
+        Source.STUDENT: objective.student_weight,
+        Source.TEACHER: objective.teacher_weight,
+        Source.GOLD: objective.gold_weight,
+    }
     for rollout in rollouts:
         counts[rollout.source] += len(rollout.response_ids) if case.aggregation == "token" else 1
     named = ("opd", "reference_kl", "teacher_written", "gold", *MONITORED)
@@ -158,6 +164,7 @@ def oracle(student: str, teacher: str, case: Case) -> tuple[dict[str, float], di
             sums["overlap_positions"] = sums["overlap_positions"] + sampled.sum()
         else:
             terms = {"gold" if rollout.source is Source.GOLD else "teacher_written": -chosen}
+        terms[f"{rollout.source}_weight"] = torch.full((len(response),), coefficients[rollout.source])
         for name, values in terms.items():
             sums[name] = sums[name] + weight * values.sum()
     loss = (

@@ -17,9 +17,14 @@ RECORD = {
     "rollout/length_mean": 41.4,
     "rollout/truncation_rate": 0.125,
     "tokens_per_second": 12345.6,
+    "mixture/student_share_of_weight": 10 / 11,
+    "mixture/gold_share_of_weight": 1 / 11,
     "grad_norm": 3.0,
 }
-NUMBERS = "loss -0.2500  accuracy 50.0%  length 41  truncated 12%  ref KL 0.0125  tokens/s 12,346"
+NUMBERS = (
+    "loss -0.2500  accuracy 50.0%  length 41  truncated 12%  rollout weight 90.9%  gold weight 9.1%  ref KL 0.0125  "
+    "tokens/s 12,346"
+)
 
 
 class Terminal(io.StringIO):

@@ -141,6 +141,8 @@ def _record(step: int, steps: int, collapse: int | None, every: int, draws: rand
         "rollout/repeated_ngrams": 0.42 + 0.42 * ill + noise,
         "mixture/student_tokens": 1.0 if collapse else 0.8,
         "mixture/gold_tokens": 0.0 if collapse else 0.2,
+        "mixture/student_share_of_weight": 10 / 11,
+        "mixture/gold_share_of_weight": 1 / 11,
         "monitors/collapse": 5 * ill,
         "time/rollout": 0.8 + ill + abs(noise),
         "time/score": score,
