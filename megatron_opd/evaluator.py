@@ -161,7 +161,10 @@ def _answer(
         verdicts = verify(rollouts, dist.group.WORLD)
         if file is not None:
             file.append(
-                [Result.of(*each, repeated_ngram_share([each[1]])) for each in zip(batch, rollouts, verdicts, strict=True)]
+                [
+                    Result.of(request, rollout, verdict, repeated_ngram_share([rollout], config.monitors.ngram))
+                    for request, rollout, verdict in zip(batch, rollouts, verdicts, strict=True)
+                ]
             )
             print(f"{task.name}: {len(file.results)} responses", flush=True)
 
@@ -257,7 +260,7 @@ def _model(config: Config) -> str:
 
 
 def _settings(config: Config, inputs: Inputs) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What responses depend on: of all tasks, and of each. How many of them there are is not among it."""
+    """What results depend on: of all tasks, and of each. How many of them there are is not among it."""
     assert config.eval is not None
     layouts = {task.name: task.format for task in config.eval.tasks}
     common = {
@@ -270,6 +273,7 @@ def _settings(config: Config, inputs: Inputs) -> tuple[dict[str, Any], dict[str,
         "top_p": config.eval.top_p,
         "end tokens": list(inputs.stop_ids),
         "instruction": config.eval.instruction,
+        "n-grams": config.monitors.ngram,
     }
     tasks = {
         task.name: {

@@ -39,7 +39,13 @@ def demo(folder: Path, *overrides: str) -> Config:
     gsm8k = folder / "gsm8k.jsonl"
     gsm8k.write_text("".join(json.dumps(each) + "\n" for each in GSM8K))
     task = f"[{{name: gsm8k, path: {gsm8k}, format: gsm8k, samples: 2}}]"
-    shared = ("student.parallel.tp=1", "eval.limit=24", "eval.teacher=false", "eval.instruction='State the answer.'")
+    shared = (
+        "student.parallel.tp=1",
+        "eval.limit=24",
+        "eval.teacher=false",
+        "eval.instruction='State the answer.'",
+        "monitors.ngram=2",
+    )
     return load_config(DEMO, [*shared, f"run.dir={folder / 'run'}", f"eval.tasks={task}", *overrides])
 
 
@@ -161,6 +167,7 @@ def test_results_of_other_settings_refuse_the_folder(
     for change, words in (
         (["eval.temperature=1.0"], "(temperature is 0.6 there, 1.0 here)"),
         (["--model", "examples/tiny/teacher"], "(model is 'examples/tiny/student' there, 'examples/tiny/teacher' here)"),
+        (["monitors.ngram=3"], "(n-grams is 2 there, 3 here)"),
         (["eval.max_new_tokens=9"], "(task heldout: max_new_tokens is 64 there, 9 here)"),
     ):
         capsys.readouterr()

@@ -47,7 +47,7 @@ class EvalResult:
             "accuracy": self.accuracy,
             "truncation_rate": truncation_rate(self.rollouts),
             "repetition_rate": repetition_rate(texts, monitors.repetition_tail_chars, monitors.repetition_threshold),
-            "repeated_ngrams": repeated_ngram_share(self.rollouts),
+            "repeated_ngrams": repeated_ngram_share(self.rollouts, monitors.ngram),
             "length_mean": lengths.mean if lengths else None,
             "length_p50": lengths.p50 if lengths else None,
             "length_p95": lengths.p95 if lengths else None,

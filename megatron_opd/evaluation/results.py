@@ -32,7 +32,7 @@ class Result:
     outcome: Outcome  # of the verification
     finish_reason: FinishReason
     length: int  # tokens
-    repeated_ngrams: float | None  # share of the response's 4-grams that it had before
+    repeated_ngrams: float | None  # share of the response's n-grams that it had before
     text: str
 
     @classmethod

@@ -98,7 +98,7 @@ def print_summary(
     for name, summary in summaries.items():
         rows = [(figure, f"{each.mean:.1%}", _interval(each)) for figure, each in summary.estimates.items()]
         rows += [("TruncRate", f"{summary.truncation_rate:.1%}", ""), ("RepRate", _share(summary.repetition_rate), "")]
-        rows += [("repeated 4-grams", _share(summary.repeated_ngrams), ""), ("mean length", f"{summary.length_mean:.1f}", "")]
+        rows += [("repeated n-grams", _share(summary.repeated_ngrams), ""), ("mean length", f"{summary.length_mean:.1f}", "")]
         rows += [(outcome, str(count), "") for outcome, count in summary.outcomes.items() if outcome != "ok"]
         for number, row in enumerate(rows):
             table.add_row(*((name, str(summary.items)) if number == 0 else ("", "")), *row, end_section=number == len(rows) - 1)

@@ -175,7 +175,7 @@ SECTIONS = (
             ),
             Panel(
                 "repeated_ngrams",
-                "Repeated 4-grams",
+                "Repeated n-grams",
                 "share",
                 "Moves before the repetition rate does, and on short responses too.",
                 (

@@ -54,7 +54,7 @@ def key_figures(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("truncation, start → end", lambda run: _start_end(run, "rollout/truncation_rate", _percent)),
         ("first step with truncation above 50%", _crossing),
         ("mean length in tokens, start → end", lambda run: _start_end(run, "rollout/length_mean", lambda x: f"{x:,.0f}")),
-        ("repeated 4-grams, start → end", lambda run: _start_end(run, "rollout/repeated_ngrams", _percent)),
+        ("repeated n-grams, start → end", lambda run: _start_end(run, "rollout/repeated_ngrams", _percent)),
         ("advantage in nats, start → end", lambda run: _start_end(run, "policy/advantage", lambda x: f"{x:.3g}")),
         ("alarms: warnings, rollbacks, stops", _alarm_counts),
         ("input tokens per second, median", lambda run: _median(run, "tokens_per_second")),
@@ -156,7 +156,7 @@ def _repetition(run: Run) -> str:
     if change is None:
         return ""
     return (
-        f"Of the 4-grams in a response {_percent(change.end)} were repeats at the end, {_percent(change.start)} at the start."
+        f"Of the n-grams in a response {_percent(change.end)} were repeats at the end, {_percent(change.start)} at the start."
     )
 
 

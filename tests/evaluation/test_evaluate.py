@@ -78,6 +78,14 @@ def test_evaluation_reports_accuracy_and_the_monitors_of_the_responses() -> None
     }
 
 
+def test_repeated_ngrams_are_of_the_configured_length() -> None:
+    prompt = make_prompt("a", 2, "4")
+    rollouts = [make_rollout(prompt=prompt, text="4", response_ids=(1, 1, 2, 1, 1))]
+    for ngram, share in ((2, 0.25), (4, 0.0)):
+        figures = EvalResult(rollouts, verify(rollouts)).figures(make_task([prompt]), MonitorsConfig(ngram=ngram))
+        assert figures["eval/repeated_ngrams"] == share
+
+
 def test_several_samples_of_a_task_have_seeds_of_their_own_and_more_figures() -> None:
     task = make_task([make_prompt("a", 2, "4"), make_prompt("b", 2, "5")], samples=4, name="maths")
     engine = EvenHandedEngine()

@@ -26,6 +26,7 @@ from tests.mcore.training import (
     memory_of_frozen_models,
     opd_of_routed_teachers,
     step_with_a_lost_frozen_model,
+    step_with_a_teacher_that_became_uniform,
     train_steps,
     weights_after_a_skipped_step,
 )
@@ -413,6 +414,15 @@ def test_frozen_model_with_nan_weights_stops_every_rank_and_is_named(
     first, second = pool.run(2, step_with_a_lost_frozen_model, *models, model)
     assert first == second
     assert first.startswith(f"{model}.model: NaN or infinite logits on ")
+
+
+def test_teacher_that_is_uniform_at_a_step_stops_every_rank_and_is_named(pool: WorkerPool, models: tuple[str, str]) -> None:
+    first, second = pool.run(2, step_with_a_teacher_that_became_uniform, *models)
+    assert first == second
+    nats = f"{-math.log(101):.2f}"
+    assert first.startswith(
+        f"teacher.model: uniform over the vocabulary, every token at {nats} nats: it has no weights, or zeros"
+    )
 
 
 def test_frozen_models_hold_no_gradients_and_no_optimizer_state(pool: WorkerPool, models: tuple[str, str]) -> None:

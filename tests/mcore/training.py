@@ -315,6 +315,25 @@ def opd_of_routed_teachers(student: str, teachers: dict[str, str], case: Case) -
     return routed, parts
 
 
+def step_with_a_teacher_that_became_uniform(student: str, teacher: str) -> str:
+    """The message of the second step, before which the teacher's head became zeros."""
+    case = Case(ParallelConfig(dp=2))
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    padded = trainer.spec.dims.padded_vocab_size
+    of_teacher, of_reference = (build_scorer(folder, case, layout, platform, padded) for folder in (teacher, student))
+    shares = share(make_rollouts(0, trainer.loss_vocab_size), case, layout)
+    assert not trainer.step(own_part(shares, layout), of_teacher.score(shares), of_reference.score(shares)).skipped
+    head = of_teacher.model.lm_head
+    assert head is not None
+    head.zero_()
+    try:
+        trainer.step(own_part(shares, layout), of_teacher.score(shares), of_reference.score(shares))
+    except RunStopped as error:
+        return str(error)
+    return "no error"
+
+
 def step_with_a_lost_frozen_model(student: str, teacher: str, model: str) -> str:
     """The message of a step in which a NaN hides among the weights of a frozen model, on one of two data-parallel ranks."""
     case = Case(ParallelConfig(dp=2))
