@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_opd.config import HELDOUT, Config
 from megatron_opd.data.packing import Multiples, context_slice, pack, padding_share
 from megatron_opd.data.token_weights import token_shares
-from megatron_opd.evaluation.evaluate import accuracy, evaluate
+from megatron_opd.evaluation.evaluate import evaluate, rollout_figures
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
 from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified, rollbacks_before
@@ -130,7 +130,7 @@ def _run(
                 state.policy_version += not stats.skipped
                 sync = system.weight_sync.push(state.policy_version)
 
-        record = {"rollout/accuracy": accuracy(rollouts), "packing/padding": padding_share(shares, rollouts)}
+        record = {**rollout_figures(rollouts), "packing/padding": padding_share(shares, rollouts)}
         record |= {"mixture/reference_kl": objective.reference_kl, "mixture/gold_weight": objective.gold_weight}
         record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens), "ranks": dist.get_world_size()}
         record |= system.engine.figures() if system.engine else {}

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_opd.config import MonitorsConfig
 from megatron_opd.data.packing import context_slice, pack, padding_share
-from megatron_opd.evaluation.evaluate import accuracy, correctness
+from megatron_opd.evaluation.evaluate import correctness, rollout_figures
 from megatron_opd.losses import distillation_loss
 from megatron_opd.monitoring.lag import policy_lag
 from megatron_opd.monitoring.metrics import JsonlSink
@@ -104,13 +104,14 @@ def test_a_step_reads_whatever_was_written(
     folder = tmp_path_factory.mktemp("step")
     monitors = Monitors(MonitorsConfig(repetition_tail_chars=50), max_new_tokens=300)
     monitors.observe(1, rollouts)
-    record = {**monitors.summary(), **policy_lag(rollouts, 0), "rollout/accuracy": accuracy(rollouts)}
+    record = {**monitors.summary(), **policy_lag(rollouts, 0), **rollout_figures(rollouts)}
     shares = pack(rollouts, dp_size=2, max_tokens=60_000, aggregation=aggregation)
     record["packing/padding"] = padding_share(shares, rollouts)
 
     own = [each for each in rollouts if each.source is Source.STUDENT]
     if own:
         assert record["rollout/truncation_rate"] == sum(each.finish_reason == "length" for each in own) / len(own)
+        assert record["rollout/empty"] == sum(not each.text.strip() for each in own) / len(own)
         assert record["rollout/length_max"] == max(len(each.response_ids) for each in own)
     assert all(value is None or math.isfinite(value) for value in record.values())
 

@@ -51,6 +51,8 @@ def test_a_report_of_the_run_reads_everything_that_it_wrote(uninterrupted: tuple
         "time/step",
         "eval/teacher_accuracy",
         "eval/unverified",
+        "rollout/unverified",
+        "rollout/empty",
     }  # under other metrics
     assert {name for name in run.curves.columns if name not in drawn} <= aside
     assert sum(run.curves.histograms[1] or []) == 8  # the student's rollouts of a step

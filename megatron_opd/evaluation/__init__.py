@@ -1,6 +1,6 @@
 """Answer verification, benchmarks, accuracy."""
 
-from megatron_opd.evaluation.evaluate import EvalResult, accuracy, correctness, evaluate
+from megatron_opd.evaluation.evaluate import EvalResult, correctness, evaluate, rollout_figures
 from megatron_opd.evaluation.tasks import Task, load_tasks
 from megatron_opd.evaluation.verify import Verdict, extract_answer, is_correct, judge
 
@@ -8,11 +8,11 @@ __all__ = [
     "EvalResult",
     "Task",
     "Verdict",
-    "accuracy",
     "correctness",
     "evaluate",
     "extract_answer",
     "is_correct",
     "judge",
     "load_tasks",
+    "rollout_figures",
 ]

@@ -122,8 +122,15 @@ def correctness(rollouts: Sequence[Rollout]) -> list[bool | None]:
     return [None if rollout.prompt.answer is None else _judge(rollout).correct for rollout in rollouts]
 
 
-def accuracy(rollouts: Sequence[Rollout]) -> float | None:
-    """Share of right ones among the student's rollouts whose prompt has an answer; None where there are none."""
-    flags = correctness([rollout for rollout in rollouts if rollout.source is Source.STUDENT])
-    known = [flag for flag in flags if flag is not None]
-    return statistics.fmean(known) if known else None
+def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
+    """Of a training step's student rollouts, as metrics.jsonl has them: shares, None where there is nothing to count.
+
+    Right ones and those that the verification says nothing about, among those whose prompt has an answer; and empty ones.
+    """
+    own = [rollout for rollout in rollouts if rollout.source is Source.STUDENT]
+    verdicts = [_judge(rollout) for rollout in own if rollout.prompt.answer is not None]
+    return {
+        "rollout/accuracy": statistics.fmean(verdict.correct for verdict in verdicts) if verdicts else None,
+        "rollout/unverified": unverified(verdicts),
+        "rollout/empty": statistics.fmean(not rollout.text.strip() for rollout in own) if own else None,
+    }

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from megatron_opd.config import HELDOUT, MonitorsConfig
-from megatron_opd.evaluation import Task, Verdict, accuracy, correctness, evaluate
+from megatron_opd.evaluation import Task, Verdict, correctness, evaluate, rollout_figures
 from megatron_opd.evaluation.evaluate import EvalResult, requests, verify
 from megatron_opd.types import NamedTensors, Prompt, Rollout, RolloutRequest, SamplingParams, Source
 from tests.data.factories import make_prompt, make_rollout
@@ -51,9 +51,18 @@ def test_accuracy_counts_student_rollouts_with_an_answer_only() -> None:
         make_rollout(Source.TEACHER, prompt=right, text="it is 4"),
     ]
     assert correctness(rollouts) == [True, False, False, None, True, True]
-    assert accuracy(rollouts) == 1 / 3
-    assert accuracy(rollouts[3:]) is None
-    assert accuracy([]) is None
+    assert rollout_figures(rollouts) == {"rollout/accuracy": 1 / 3, "rollout/unverified": 0.0, "rollout/empty": 0.0}
+    rest = {"rollout/accuracy": None, "rollout/unverified": None, "rollout/empty": 0.0}
+    assert rollout_figures(rollouts[3:]) == rest
+    assert rollout_figures([]) == dict.fromkeys(rest)
+
+
+def test_empty_rollouts_and_those_without_an_answer_are_counted() -> None:
+    known, unknown = make_prompt("a", answer="4"), make_prompt("b")
+    texts = [(known, "4"), (known, "no idea"), (known, " \n"), (known, ""), (unknown, "")]
+    rollouts = [make_rollout(prompt=prompt, text=text) for prompt, text in texts]
+    rollouts.append(make_rollout(Source.GOLD, prompt=known, text=""))
+    assert rollout_figures(rollouts) == {"rollout/accuracy": 0.25, "rollout/unverified": 0.75, "rollout/empty": 0.6}
 
 
 def make_task(prompts: Sequence[Prompt], samples: int = 1, name: str = HELDOUT) -> Task:
