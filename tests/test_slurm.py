@@ -144,7 +144,8 @@ def test_a_node_without_its_gpus_is_named_before_the_training(cluster: Cluster, 
     script = tmp_path / "check.sh"
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", "SLURM_GPUS_PER_NODE=8", ". examples/slurm/common.sh", "check_nodes"]
     script.write_text("\n".join([*lines, "train -- absent.yaml", ""]))
-    job = cluster.submit(ROOT, {}, "--nodes=2", "--ntasks-per-node=1", f"--output={log}", str(script))
+    later = {"SETUP": "sleep $((3 * SLURM_PROCID))"}  # the second node fails when the first has
+    job = cluster.submit(ROOT, later, "--nodes=2", "--ntasks-per-node=1", f"--output={log}", str(script))
     wait_for(lambda: cluster.job(job)["JobState"] == "FAILED", 60, lambda: str(cluster.job(job)))
     assert "n0: nvidia-smi failed" in log.read_text() and "n1: nvidia-smi failed" in log.read_text()
     assert "absent.yaml" not in log.read_text()

@@ -67,7 +67,8 @@ use_interface() {
 # Every node has its GPUs, free and without uncorrected errors, and writes to the shared folder. A node that does not is named before
 # hundreds of GPUs wait for it.
 check_nodes() {
-    make_step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- \
+    # Not ended by the first node that fails: all are named.
+    make_step --kill-on-bad-exit=0 --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- \
         bash examples/slurm/check_node.sh "${SLURM_GPUS_PER_NODE:-0}" "$SCRATCH"
     "${step[@]}"
     rm -f "$SCRATCH"/*
