@@ -59,7 +59,7 @@ def train(config: Config, platform: Platform) -> None:
             closing(system),
             Reporter(config, inputs.resume_step, inputs.tokenizer, rank=rank, rollbacks=rollbacks) as reporter,
         ):
-            with Saver(config, system.trainer, reporter) as saver, StopSignal() as stop:
+            with StopSignal() as stop, Saver(config, system.trainer, reporter) as saver:  # the last checkpoint is written, too
                 recovery = Recovery(config, system, saver, reporter)
                 state = _run(config, inputs, system, reporter, saver, recovery, stop)
             _finish(config, inputs, system, state, reporter)
