@@ -130,6 +130,8 @@ TRIALS = {
 OPTIONS = {
     "truncated_left_out": control("truncated responses left out", "loss.truncated_weight=0"),
     "tails_left_out": control("repeated tails left out", "loss.repeated_tail_weight=0"),
+    "truncated_quarter": control("truncated responses at a quarter", "loss.truncated_weight=0.25"),
+    "tails_quarter": control("repeated tails at a quarter", "loss.repeated_tail_weight=0.25"),
     "length_budget": control("budget grows from 60 to 160 in 100 steps", "rollout.length_budget={start: 60, steps: 100}"),
 }
 # Terms too weak to hold by themselves, and what alarms make of them.
