@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from megatron_opd.engine_checks import check_apart, check_colocated
 from megatron_opd.mcore.work import stage_tensors
 from megatron_opd.planner.alternatives import alternatives
 from megatron_opd.planner.calibrate import MeasuredRun, calibration, measured_run, predicted
-from megatron_opd.planner.engines import engine_gpus
+from megatron_opd.planner.engines import WHOLE_SHARE, engine_gpus
 from megatron_opd.planner.hardware import GPUS, NEVER, Assumption, assumptions
 from megatron_opd.planner.machines import Machines
 from megatron_opd.planner.mean_step import Lengths
@@ -26,7 +26,7 @@ from megatron_opd.planner.outcome import Outcome
 from megatron_opd.planner.rank_steps import PlannedStep, StepPlanner
 from megatron_opd.planner.render import render, render_calibration, render_error
 from megatron_opd.planner.resharding import Resharding, reshard
-from megatron_opd.planner.seconds import Rig, StepSeconds, step_seconds
+from megatron_opd.planner.seconds import OPTIMIZER_BYTES, Rig, StepSeconds, step_seconds
 from megatron_opd.planner.timeline import check_timeline, write_timeline
 from megatron_opd.types import OpdError
 
@@ -101,7 +101,12 @@ def plan(asked: Asked) -> bool:
         seconds=seconds,
         resharding=_resharding(own),
         alternatives=alternatives(config, load, timed),
-        assumptions=[*_of_lengths(own, asked.lengths), *_of_factors(factors, asked.calibrate), *assumptions(gpu)],
+        assumptions=[
+            *_of_lengths(own, asked.lengths),
+            *_of_parts(config),
+            *_of_factors(factors, asked.calibrate),
+            *assumptions(gpu),
+        ],
     )
     print(render(outcome))
     if asked.json is not None:
@@ -137,6 +142,20 @@ def _resharding(own: PlannedStep) -> Resharding | None:
         return None
     stages = [stage_tensors(own.config, spec, step.rank) for _, step in sorted(own.stages.items())]
     return reshard(stages, spec.dims, rollout.tp)
+
+
+def _of_parts(config: Config) -> Iterator[Assumption]:
+    """What is computed by a formula that nothing has validated, where this config meets it."""
+    parallel, rollout = config.student.parallel, config.rollout
+    yield Assumption("optimizer", f"its state is moved {OPTIMIZER_BYTES} times", NEVER)
+    if parallel.pp > 1:
+        yield Assumption("pipeline bubble", "a micro-batch of all stages but the slowest, over vpp", NEVER)
+    if parallel.cp > 1:
+        yield Assumption("context parallelism", "a ring of keys and values, as Transformer Engine has it", NEVER)
+    if rollout.backend == "sglang":
+        yield Assumption("SGLang's parameters", "fused and split as its 0.5.21 has them on CPU", NEVER)
+        if not config.rollout.sglang.get("mem_fraction_static") and rollout.placement == "disaggregated":
+            yield Assumption("SGLang's share of its GPUs' memory", f"{WHOLE_SHARE:g}", NEVER)
 
 
 def _of_lengths(own: PlannedStep, given: Lengths) -> list[Assumption]:

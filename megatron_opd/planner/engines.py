@@ -16,7 +16,7 @@ from megatron_opd.planner.mean_step import MeanStep
 from megatron_opd.preflight import Models
 from megatron_opd.types import OpdError
 
-_WHOLE_SHARE = 0.85  # of a GPU's memory that SGLang takes for weights and cache where nothing says otherwise; assumed
+WHOLE_SHARE = 0.85  # of a GPU's memory that SGLang takes for weights and cache where nothing says otherwise; assumed
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _writer(config: Config, name: str, folder: HFFolder, responses: int, mean: M
     cache = hf.num_hidden_layers * hf.num_key_value_heads * key_and_value(fields) * itemsize
     room = None
     if served:
-        own = float(rollout.sglang.get("mem_fraction_static", _WHOLE_SHARE))
+        own = float(rollout.sglang.get("mem_fraction_static", WHOLE_SHARE))
         share = server_share(config, ranks) if rollout.placement == "colocated" else own
         free = int(share * gpu.memory) - weights // tp
         if free <= 0:

@@ -16,7 +16,7 @@ from megatron_opd.planner.rank_steps import PlannedStep, RankStep
 
 PHASES = ("rollout", "score", "train", "weight_sync")  # as metrics.jsonl has them, under time/
 Parts = Mapping[str, float]  # seconds by what takes them
-_OPTIMIZER_BYTES = 2  # each byte of gradients, master weights and moments is read, and about as many are written
+OPTIMIZER_BYTES = 2  # each byte of gradients, master weights and moments is read, and about as many are written
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _train(plan: PlannedStep, rig: Rig) -> Parts:
         "pipeline bubble": (sum(both) - both[slowest]) / parallel.vpp,
         "gradient reduction": reduction,
         "parameter gather": max(rig.links(step.update.parameters, step.groups) for step in steps),
-        "optimizer": _OPTIMIZER_BYTES * state / (rig.gpu.memory_bytes * rig.rates.memory),
+        "optimizer": OPTIMIZER_BYTES * state / (rig.gpu.memory_bytes * rig.rates.memory),
         "student from host": rig.host(waiting),
     }
 

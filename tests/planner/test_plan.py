@@ -83,6 +83,8 @@ def test_memory_is_the_advisors_and_parts_add_up(tmp_path: Path, capsys: pytest.
     assert cli.main(["plan", str(file), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "h100", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 110 and "assumed, never validated" in printed
+    for formula in ("optimizer: its state is moved 2 times", "pipeline bubble: ", "SGLang's parameters: "):
+        assert formula in printed
     found = json.loads(out.read_text())
     documented = DOCS.read_text().split("The JSON's keys: ")[1].split("\n\n")[0]
     assert list(found) == re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", documented))
