@@ -3,6 +3,7 @@
 # make test-sglang    make an environment for SGLang on CPU in .venv-sglang, then run the tests against it
 # make test-fp8-recipes    FP8 with Transformer Engine's own recipe objects and tensors, without a GPU
 # make gpu-suite    tests/gpu and benchmarks on one GPU in under ten minutes; the report: runs/gpu-suite.md
+#                   (in the GPU image: python tools/gpu_suite.py, whose Python has Transformer Engine)
 # make check   lint, format, types, layers
 #
 # make reproduce    plain OPD collapses, StableOPD does not: five arms on three pairs of models, an hour on two cores

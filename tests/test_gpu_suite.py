@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -22,6 +23,17 @@ def test_bad():
 
 @pytest.mark.skip(reason="no | GPU")
 def test_not_run(): ...
+"""
+
+LONG = """
+import pathlib, subprocess, time
+
+def test_quick(): ...
+
+def test_slow():
+    child = subprocess.Popen(["sleep", "60"])
+    pathlib.Path("{child}").write_text(str(child.pid))
+    time.sleep(60)
 """
 
 
@@ -55,6 +67,15 @@ def test_a_command_beyond_its_time_is_a_failure(monkeypatch: pytest.MonkeyPatch)
     outcome, _ = gpu_suite.run_benchmark("sleeps", "-c __import__('time').sleep(30)", 1.0)
     assert outcome.result == "failed"
     assert gpu_suite.run_benchmark("late", "-c 0", -1.0)[0] == Outcome("late", "skipped", 0.0, "no time is left")
+
+
+def test_tests_beyond_their_time_leave_the_outcomes_until_then_and_no_process(tmp_path: Path) -> None:
+    (tmp_path / "test_long.py").write_text(LONG.format(child=tmp_path / "child"))
+    found, _, good = gpu_suite.run_tests(6.0, str(tmp_path))
+    assert not good
+    assert [(each.name.partition("::")[2], each.result) for each in found if "::" in each.name] == [("test_quick", "passed")]
+    assert found[-1].result == "failed" and "124" in found[-1].detail
+    assert not psutil.pid_exists(int((tmp_path / "child").read_text()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
