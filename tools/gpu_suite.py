@@ -1,6 +1,7 @@
 """Everything that wants one GPU, in under ten minutes, and a report of it in Markdown: ``make gpu-suite``.
 
-In the GPU image, whose own Python has Transformer Engine: ``python tools/gpu_suite.py``. Runs tests/gpu and three benchmarks. Without a GPU nothing runs, and the report says so. Exit code 1 where something failed.
+In the GPU image, whose own Python has Transformer Engine: ``python tools/gpu_suite.py``. Runs tests/gpu and three benchmarks.
+Without a GPU nothing runs, and the report says so. Exit code 1 where something failed.
 """
 
 from __future__ import annotations
