@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert convert("to-megatron", folder / "model", folder / "megatron", *SMALL, "--processes", 1) == 0
     assert convert("to-hf", folder / "megatron", folder / "hf", *SMALL, "--processes", 3) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Also where the shell that started this in the background has it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def arguments(good: Path, command: str, out: Path) -> list[object]:
