@@ -98,3 +98,29 @@ def test_server_that_is_killed_between_steps_comes_back_with_the_weights_of_then
     assert (
         len(re.findall(r"is lost, 1 left: ", stderr)) == 1 and len(re.findall("is back and gets the next weights", stderr)) == 1
     )
+
+
+def test_a_schedulers_signal_to_every_process_of_the_job_ends_it_with_a_checkpoint(tmp_path: Path) -> None:
+    """As Slurm does before the time limit, to all processes of a job step: the servers must outlive the step under way."""
+    config = sglang_inputs(tmp_path, steps=400)
+    config["checkpoint"] = {"every": 400}
+    process = runs.start(tmp_path, config)
+    run_dir = tmp_path / "run"
+    try:
+        runs.wait_for_step(process, run_dir, 2)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        assert len(servers_of(process)) == 2
+        for each in (*everyone, psutil.Process(process.pid)):
+            each.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=runs.TIMEOUT_SECONDS)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == os.EX_TEMPFAIL, stderr
+    ended = runs.metrics(run_dir)[-1]["step"]
+    assert (run_dir / "checkpoints" / f"iter_{ended:07d}").is_dir()
+    result = runs.run(tmp_path, config, f"run.steps={ended + 2}")
+    assert result.returncode == 0, result.stderr
+    steps = runs.metrics(run_dir)
+    assert [record["step"] for record in steps] == list(range(1, ended + 3))
+    assert all(abs(record["policy/engine_gap_max"]) < 1e-4 for record in steps)  # nats
