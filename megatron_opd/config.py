@@ -287,6 +287,8 @@ class EvalConfig(_Section):
     # Behind each problem of a task that is no file of prompts; ours.
     instruction: str = r"Work it out step by step and put the final answer into \boxed{}."
     teacher: bool = True  # score the teacher once too, for comparison
+    # What teacher, student and reference say of the responses to prompts, a forward pass of each; ours.
+    score: bool = True
 
 
 class Config(_Section):

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_opd.config import Config, EvalConfig, teacher_key
+from megatron_opd.config import HELDOUT, Config, EvalConfig, teacher_key
 from megatron_opd.data.packing import Multiples
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import check_same_tokenizer, load_tokenizer, solution_end, stop_ids
@@ -134,6 +135,7 @@ def prepare(config: Config, platform: Platform, world_size: int) -> Inputs:
     inputs = replace(inputs, prompts=_prompts(config, inputs))
     inputs = replace(inputs, tasks=prepare_tasks(config, inputs))
     check_heldout(inputs.prompts, inputs.tasks)
+    _check_scored(config, inputs.tasks)
     inputs = replace(inputs, findings=(*inputs.findings, *prompt_findings(config, inputs.prompts)))
     resume, resume_step = _resume(config, inputs.student_spec)
     return replace(inputs, resume=resume, resume_step=resume_step)
@@ -257,12 +259,8 @@ def _prompts(config: Config, inputs: Inputs) -> list[Prompt]:
         max_sequence_tokens=context if config.mixture.gold else None,
         teachers=tuple(config.all_teachers) or ("",),
     )
-    longest = max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts)
-    budget, multiple = (
-        config.packing.max_tokens_per_microbatch,
-        Multiples.of(config.layouts.values(), config.row_multiple).tokens,
-    )
-    longest = -(-longest // multiple) * multiple
+    budget = config.packing.max_tokens_per_microbatch
+    longest = _padded(config, max(_sequence_length(prompt, new_tokens, gold=config.mixture.gold > 0) for prompt in prompts))
     if longest > budget:
         raise OpdError(
             f"packing.max_tokens_per_microbatch: {budget} is below the longest possible sequence, {longest}; raise it, "
@@ -279,6 +277,26 @@ def _sequence_length(prompt: Prompt, new_tokens: int, *, gold: bool) -> int:
     """Input positions of the longest sequence that this prompt can give: the last token is only predicted."""
     solution = len(prompt.solution_ids) if gold and prompt.solution_ids is not None else 0
     return len(prompt.token_ids) + max(new_tokens, solution) - 1
+
+
+def _padded(config: Config, length: int) -> int:
+    """Positions of a micro-batch that holds one sequence of ``length``."""
+    multiple = Multiples.of(config.layouts.values(), config.row_multiple).tokens
+    return -(-length // multiple) * multiple
+
+
+def _check_scored(config: Config, tasks: Sequence[Task]) -> None:
+    """The held-out responses fit a micro-batch, where they are scored. Raises OpdError."""
+    scores = config.objective.needs_teacher or config.objective.needs_reference
+    if config.eval is None or not config.eval.score or not scores:
+        return
+    for task in tasks:
+        longest = _padded(config, max(_sequence_length(prompt, task.max_new_tokens, gold=False) for prompt in task.prompts))
+        if task.name == HELDOUT and longest > (budget := config.packing.max_tokens_per_microbatch):
+            raise OpdError(
+                f"packing.max_tokens_per_microbatch: {budget} is below the longest possible held-out sequence, {longest}; "
+                "raise it, lower eval.max_new_tokens, or set eval.score=false"
+            )
 
 
 def _resume(config: Config, spec: ModelSpec) -> tuple[Path | None, int]:

@@ -17,8 +17,9 @@ from megatron_opd.monitoring.alarms import AlarmLog
 from megatron_opd.monitoring.console import TrainingConsole, summary_table
 from megatron_opd.monitoring.metrics import open_sinks
 from megatron_opd.monitoring.monitors import Monitors
+from megatron_opd.monitoring.policy import policy_figures
 from megatron_opd.monitoring.samples import places_of_prompts, write_samples, write_token_samples
-from megatron_opd.types import Alarm, Histogram, LossTerms, Rollout, Source, StepStats, Tokenizer, TrainState
+from megatron_opd.types import Alarm, Histogram, LossTerms, Rollout, Source, StepStats, Tokenizer, TrainState, Validated
 
 Record = Mapping[str, float | int | None]
 _SAMPLES_EVERY = 10  # steps
@@ -53,10 +54,10 @@ class Reporter:
             for sink in self.sinks:
                 sink.close()
 
-    def start(self, state: TrainState, record: Record) -> None:
+    def start(self, state: TrainState, validated: Validated) -> None:
         """The held-out figures before the first step."""
         if self.active:
-            self._write(state.step, record)
+            self._write(state.step, validated.figures, validated.histograms)
             known = {"before": "student", "teacher": "teacher"}
             figures = [f"{known[name]} {value:.1%}" for name, value in state.evaluations.items() if name in known]
             if figures:
@@ -75,30 +76,20 @@ class Reporter:
         rollouts: Sequence[Rollout],
         monitors: Monitors,
         alarms: Sequence[Alarm],
+        validated: Validated | None = None,
     ) -> None:
-        """One optimizer step: the fixed names of metrics.jsonl, samples now and then, alarms and skips as messages."""
+        """One optimizer step: the fixed names of metrics.jsonl, samples now and then, alarms and skips as messages.
+
+        ``validated``: what the step's held-out responses gave, where it had some.
+        """
         if not self.active:
             return
         objective, terms = self.config.objective, stats.terms
         off_policy = "sft" if objective.off_policy == "cross_entropy" else "divergence"
-        on_policy: dict[str, float | None] = {
+        on_policy = {
             "loss/opd": terms.opd,
-            "policy/entropy": terms.entropy,
-            "policy/teacher_entropy": terms.teacher_entropy,
-            "policy/advantage": terms.advantage,
-            "policy/top1_agreement": terms.top1_agreement,
-            **_advantage_split(terms),
-            "policy/log_prob": terms.log_prob,
-            "policy/teacher_log_prob": terms.teacher_log_prob,
-            "policy/engine_log_prob": terms.engine_log_prob,
-            "policy/top_k_overlap": terms.overlap / terms.overlap_positions if terms.overlap_positions else None,
-            "policy/stop_log_prob": terms.stop_log_prob,
-            "policy/teacher_stop_log_prob": terms.teacher_stop_log_prob,
-            "policy/engine_gap_mean": terms.engine_gap,
-            "policy/engine_gap_max": stats.engine_gap_max,
+            **policy_figures(terms, stats.engine_gap_max, "policy", logits=not self.config.served_teachers),
         }
-        if self.config.served_teachers:  # log-probabilities of some tokens do not tell
-            on_policy |= {"policy/teacher_entropy": None, "policy/top1_agreement": None}
         if record.get("policy/lag_max"):  # then the weights differ, not the engine
             on_policy = {name.replace("engine_gap", "staleness_gap"): value for name, value in on_policy.items()}
         whole: Record = {
@@ -113,12 +104,15 @@ class Reporter:
             "policy_version": state.policy_version,
             "skipped_steps": state.skipped_steps,
             **record,
+            **(validated.figures if validated else {}),
         }
-        histogram = monitors.histogram
-        self._write(state.step, whole, {} if histogram is None else {"rollout/length_histogram": histogram})
+        histograms = dict(validated.histograms) if validated else {}
+        if monitors.histogram is not None:
+            histograms["rollout/length_histogram"] = monitors.histogram
+        self._write(state.step, whole, histograms)
         self.console.update(state.step, whole)
-        if "eval/accuracy" in record:
-            self.console.message(f"step {state.step}: held-out accuracy {record['eval/accuracy']:.1%}")
+        if (accuracy := whole.get("eval/accuracy")) is not None:
+            self.console.message(f"step {state.step}: held-out accuracy {accuracy:.1%}")
         if stats.skipped:
             self.console.message(
                 f"step {state.step}: skipped, non-finite loss or gradient ({state.consecutive_skips} in a row"
@@ -183,16 +177,6 @@ class Reporter:
         self.last_step = step
         for sink in self.sinks:
             sink.write(step, record, histograms)
-
-
-def _advantage_split(terms: LossTerms[float]) -> dict[str, float | None]:
-    """The mean advantage, nats, of repeated and of regular rollout tokens, and the repeated ones' share of the weight."""
-    share, repeated = terms.repeated_weight, terms.repeated_advantage
-    return {
-        "policy/advantage_repeated": repeated / share if share > 0 else None,
-        "policy/advantage_regular": (terms.advantage - repeated) / (1 - share) if share < 1 else None,
-        "policy/repeated_weight": share,
-    }
 
 
 def _weight_shares(terms: LossTerms[float]) -> dict[str, float | None]:

@@ -47,12 +47,18 @@ class System:
     weight_sync: WeightSync | None
     monitors: Monitors
     servers: Fleet | None  # of SGLang
+    engines_forget: bool  # the student's weights, while they sleep
 
     def sleep_engines(self) -> None:
         """Engines on the training's devices give them up until they are used again. Collective over the world."""
         for engine in (self.engine, self.teacher_engine):
             if engine is not None:
                 engine.sleep()
+
+    def restore_engines(self, version: int) -> None:
+        """Engines that slept between two steps get the student's weights again, which are ``version``. Collective likewise."""
+        if self.engines_forget and self.weight_sync is not None:
+            self.weight_sync.push(version)
 
     def close(self) -> None:
         """End what runs beside this process."""
@@ -98,6 +104,7 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
         weight_sync=engines.weight_sync,
         monitors=Monitors(config.monitors, config.rollout.sampling.max_new_tokens),
         servers=servers,
+        engines_forget=engines.forget,
     )
 
 

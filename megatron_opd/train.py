@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opd.config import HELDOUT, Config
+from megatron_opd.config import Config
 from megatron_opd.data.packing import Multiples, context_slice, pack, padding_share
 from megatron_opd.data.token_weights import token_shares
-from megatron_opd.evaluation.evaluate import evaluate, rollout_figures
+from megatron_opd.evaluation.evaluate import rollout_figures
 from megatron_opd.hf_folder import write_hf_folder
 from megatron_opd.mcore.checkpoint import check_checkpoint, load_checkpoint
 from megatron_opd.mcore.checkpoint_files import latest_checkpoint, newest_verified, rollbacks_before
@@ -23,25 +23,15 @@ from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.monitoring.control import coefficients, control
 from megatron_opd.monitoring.lag import policy_lag
-from megatron_opd.preflight import Inputs, eval_sampling, prepare
+from megatron_opd.preflight import Inputs, prepare
 from megatron_opd.recovery import Recovery
 from megatron_opd.reporter import Reporter
 from megatron_opd.rollout.versions import check_versions
 from megatron_opd.saver import Saver
 from megatron_opd.setup import System, build_system
 from megatron_opd.stop_signal import StopSignal
-from megatron_opd.types import (
-    Alarm,
-    FrozenScores,
-    OpdError,
-    PackedBatch,
-    RolloutEngine,
-    RunInterrupted,
-    RunStopped,
-    Scorer,
-    StepStats,
-    TrainState,
-)
+from megatron_opd.types import Alarm, OpdError, RunInterrupted, RunStopped, StepStats, TrainState
+from megatron_opd.validation import Validation, score
 
 
 def train(config: Config, platform: Platform) -> None:
@@ -83,9 +73,9 @@ def _run(
         system.monitors.load_state_dict(state.monitors)
     if system.weight_sync:
         system.weight_sync.push(state.policy_version)
-    if state.step == 0:
-        with trainer.off_device():
-            _evaluate_start(config, inputs, system, state, reporter)
+    validation = Validation(config, inputs, system)
+    if state.step == 0 and config.eval:
+        reporter.start(state, validation.start(state))
     multiples = Multiples.of(config.layouts.values(), config.row_multiple)
     clock = Clock()
 
@@ -111,8 +101,8 @@ def _run(
             )
             batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
             with clock.phase("score"):
-                teacher_scores = _score(system.teacher, shares)
-                reference_scores = _score(system.reference, shares)
+                teacher_scores = score(system.teacher, shares)
+                reference_scores = score(system.reference, shares)
         with clock.phase("train"):
             objective = coefficients(config.objective, state)
             keep = reporter.samples(state.step + 1, rollouts)
@@ -136,10 +126,11 @@ def _run(
         record |= system.engine.figures() if system.engine else {}
         record |= system.teacher.figures() if system.teacher else {}
         record |= sync.figures() if sync else {}
+        validated = None
         if config.eval and (state.step % config.eval.every == 0 or state.step == config.run.steps):
-            with clock.paused(), trainer.off_device():
-                record |= _evaluate(config, inputs, system.engine, state, "after")
-        reporter.step(state, stats, record, rollouts, system.monitors, alarms)
+            with clock.paused():
+                validated = validation.run(state)
+        reporter.step(state, stats, record, rollouts, system.monitors, alarms, validated)
         state.monitors = system.monitors.state_dict()
         saver.poll()
         _stop_if_needed(config, state, stats, alarms, saver, reporter, on_policy=not lag["policy/lag_max"])
@@ -153,13 +144,6 @@ def _run(
             saver.finish()
             raise RunInterrupted(f"step {state.step}: {asked}; the last checkpoint is {latest_checkpoint(saver.folder)}")
     return state
-
-
-def _score(scorer: Scorer | None, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
-    if scorer is None:
-        return [FrozenScores() for _ in shares[0]]
-    with scorer.on_device():
-        return scorer.score(shares)
 
 
 def _count_skips(state: TrainState, stats: StepStats) -> None:
@@ -217,42 +201,6 @@ def _verify_resume(config: Config, inputs: Inputs) -> Inputs:
     if skipped and dist.get_rank() == 0:
         print("\n".join(f"megatron-opd: {line}" for line in skipped), file=sys.stderr)
     return replace(inputs, resume=path, resume_step=check_checkpoint(path, inputs.student_spec, config.run.seed))
-
-
-def _evaluate_start(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:
-    """Held-out accuracy of the student before the first step, and of the teacher."""
-    if config.eval is None:
-        return
-    record = _evaluate(config, inputs, system.engine, state, "before")
-    if config.eval.teacher and system.teacher_engine is not None:
-        teachers = _evaluate(config, inputs, system.teacher_engine, state, "teacher", frozen=True)
-        accuracies = {name: value for name, value in teachers.items() if name.endswith("/accuracy")}
-        record |= {name.removesuffix("accuracy") + "teacher_accuracy": value for name, value in accuracies.items()}
-    reporter.start(state, record)
-
-
-def _evaluate(
-    config: Config, inputs: Inputs, engine: RolloutEngine | None, state: TrainState, name: str, *, frozen: bool = False
-) -> dict[str, float | None]:
-    """Evaluate on the held-out prompts and the tasks, with the same draws each time.
-
-    The accuracy on the held-out prompts is kept in ``state`` under ``name``. ``frozen``: a teacher's engine, which several
-    teachers share, and only the held-out prompts say which one is theirs. Raises OpdError where other weights than the
-    student's of now wrote.
-    """
-    assert config.eval is not None and engine is not None
-    record: dict[str, float | None] = {}
-    for task in inputs.tasks:
-        if frozen and config.teachers and task.name != HELDOUT:
-            continue
-        result = evaluate(engine, task, eval_sampling(config.eval, inputs, task), config.run.seed, dist.group.WORLD)
-        if not frozen:
-            check_versions(result.rollouts, state.policy_version, lag=0)
-        record |= result.figures(task, config.monitors)
-        if task.name == HELDOUT:
-            assert result.accuracy is not None  # load_tasks refuses prompts without answers
-            state.evaluations[name] = result.accuracy
-    return record
 
 
 def _finish(config: Config, inputs: Inputs, system: System, state: TrainState, reporter: Reporter) -> None:

@@ -364,6 +364,14 @@ class Histogram:
     high: float
 
 
+@dataclass(frozen=True)
+class Validated:
+    """What the held-out responses of one policy gave, by the names of metrics.jsonl."""
+
+    figures: Mapping[str, float | None]
+    histograms: Mapping[str, Histogram]
+
+
 class MetricsSink(Protocol):
     """Takes one flat record a step, and histograms by name."""
 

@@ -433,6 +433,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "loaded teacher that writes": (load_from("teacher"), ["teacher.load", "mixture.teacher=0", "eval.teacher=false"]),
     "checkpoint of another model": (checkpoint_of_another_model, ["iter_0000002", "num_hidden_layers", "9", "run.dir"]),
     "run folder is a file": (run_dir_is_a_file, ["run.dir", "occupied"]),
+    "held-out responses beyond a micro-batch": (
+        put("eval.max_new_tokens", 90),
+        ["packing.max_tokens_per_microbatch: 64", "held-out", "eval.max_new_tokens", "eval.score=false"],
+    ),
     "unknown Megatron field": (put("student.megatron", {"recompute_granularty": "full"}), ["recompute_granularty"]),
     "FP8 on CPU": (fp8("current"), ["student.fp8: current needs a GPU", "no GPU is visible", "student.fp8=null"]),
     "FP8 of float32": (put("student.fp8", "current"), ["student.fp8: current", "student.dtype=bfloat16"]),

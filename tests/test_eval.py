@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_opd import cli, train
+from megatron_opd import cli
 from megatron_opd.config import Config
 from megatron_opd.config_file import load_config, validate_config
 from megatron_opd.evaluation.results import read_results
@@ -23,6 +24,7 @@ from megatron_opd.mcore.platform import Platform
 from megatron_opd.preflight import prepare
 from megatron_opd.setup import build_system
 from megatron_opd.types import TrainState
+from megatron_opd.validation import Validation
 from tests import runs
 from tests.tiny_models import make_model
 from tests.worker_pool import WorkerPool
@@ -55,7 +57,7 @@ def evaluate_on_rank(config: Config, model: str | None, out: str, samples: int |
     run_evaluation(plan(config, model=model, out=out, samples=samples, against=against), platform)
 
 
-def first_figures_on_rank(config: Config) -> dict[str, float | None]:
+def first_figures_on_rank(config: Config) -> Mapping[str, float | None]:
     """What train.py writes at step 0."""
     platform = Platform.detect()
     platform.prepare_process()
@@ -63,7 +65,7 @@ def first_figures_on_rank(config: Config) -> dict[str, float | None]:
     system = build_system(config, inputs, platform, init_layout(config.student.parallel, config.run.seed))
     assert system.weight_sync is not None
     system.weight_sync.push(0)
-    return train._evaluate(config, inputs, system.engine, TrainState(), "before")
+    return Validation(config, inputs, system).start(TrainState()).figures
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,22 @@ def test_metrics_have_one_record_a_step_with_the_fixed_names(uninterrupted: tupl
     assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 3, 6]
 
 
+def test_held_out_responses_are_watched_as_the_rollouts_are(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = uninterrupted
+    records = runs.metrics(folder / "run")
+    evaluations = [record for record in records if "eval/accuracy" in record]
+    twins = {name.partition("/")[2] for name in records[1] if name.startswith(("policy/", "rollout/"))}
+    aside = {"engines", "tokens_per_second", "lag_mean", "lag_max", "empty"}  # of the engines, of older weights, of the texts
+    for record in evaluations:
+        assert {f"eval/{name}" for name in twins - aside} <= set(record)
+        assert record["eval/engine_gap_max"] < 1e-4  # nats: at the evaluation's temperature, not the rollouts'
+        assert record["eval/teacher_log_prob"] - record["eval/log_prob"] == pytest.approx(record["eval/advantage"], abs=1e-4)
+        assert 0 < record["eval/entropy"] < 4 and 0 < record["eval/teacher_entropy"] < 4  # ln 53 = 3.97
+        assert sum(record["eval/length_histogram"]) == 8
+    kl = [record["eval/reference_kl"] for record in evaluations]
+    assert abs(kl[0]) < 1e-6 < kl[1] < kl[2]  # the reference is what the student began as
+
+
 def test_a_report_of_the_run_reads_everything_that_it_wrote(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, _, _ = uninterrupted
     (run,) = read_runs([folder / "run"])

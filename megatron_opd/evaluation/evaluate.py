@@ -14,9 +14,10 @@ from megatron_opd.config import MonitorsConfig
 from megatron_opd.evaluation.estimates import Item, Vote, majority, mean_of_items, pass_at
 from megatron_opd.evaluation.tasks import Task
 from megatron_opd.evaluation.verify import Verdict, canonical, judge
-from megatron_opd.monitoring.length import length_stats, truncation_rate
-from megatron_opd.monitoring.repetition import repeated_ngram_share, repetition_rate
-from megatron_opd.types import Prompt, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Source
+from megatron_opd.monitoring.length import length_histogram
+from megatron_opd.monitoring.monitors import summarise
+from megatron_opd.monitoring.repetition import repeated_tokens
+from megatron_opd.types import Histogram, Prompt, Rollout, RolloutEngine, RolloutRequest, SamplingParams, Source
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,21 @@ class EvalResult:
 
     def figures(self, task: Task, monitors: MonitorsConfig) -> dict[str, float | None]:
         """As metrics.jsonl has them."""
-        lengths, items, n = length_stats(self.rollouts), self.items, task.samples
-        texts = [rollout.text for rollout in self.rollouts]
-        figures = {
-            "accuracy": self.accuracy,
-            "truncation_rate": truncation_rate(self.rollouts),
-            "repetition_rate": repetition_rate(texts, monitors.repetition_tail_chars, monitors.repetition_threshold),
-            "repeated_ngrams": repeated_ngram_share(self.rollouts, monitors.ngram),
-            "length_mean": lengths.mean if lengths else None,
-            "length_p50": lengths.p50 if lengths else None,
-            "length_p95": lengths.p95 if lengths else None,
-            "length_max": lengths.max if lengths else None,
-            "unverified": unverified(self.verdicts),
-        }
+        items, n = self.items, task.samples
+        repeated = repeated_tokens([rollout.response_ids for rollout in self.rollouts], monitors.ngram)
+        figures = summarise(self.rollouts, monitors, repeated, task.prefix)
+        figures |= {f"{task.prefix}/accuracy": self.accuracy, f"{task.prefix}/unverified": unverified(self.verdicts)}
         if n > 1:
             figures |= {
-                "pass_at_1": mean_of_items(items, lambda item: pass_at(item, 1)),
-                f"pass_at_{n}": mean_of_items(items, lambda item: pass_at(item, n)),
-                f"maj_at_{n}": mean_of_items(items, majority),
+                f"{task.prefix}/pass_at_1": mean_of_items(items, lambda item: pass_at(item, 1)),
+                f"{task.prefix}/pass_at_{n}": mean_of_items(items, lambda item: pass_at(item, n)),
+                f"{task.prefix}/maj_at_{n}": mean_of_items(items, majority),
             }
-        return {f"{task.prefix}/{name}": value for name, value in figures.items()}
+        return figures
+
+    def histograms(self, task: Task) -> dict[str, Histogram]:
+        """Likewise, of the responses' lengths."""
+        return {f"{task.prefix}/length_histogram": length_histogram(self.rollouts, task.max_new_tokens)}
 
 
 def vote(verdict: Verdict) -> Vote | None:

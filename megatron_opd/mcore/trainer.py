@@ -208,6 +208,28 @@ class Trainer:
                 for each, batch in zip(hidden, batches, strict=bool(hidden))
             ]
 
+    def measure(
+        self,
+        batches: Sequence[PackedBatch],
+        teacher: Sequence[FrozenScores],
+        reference: Sequence[FrozenScores],
+        objective: Objective,
+    ) -> tuple[LossTerms[float], float]:
+        """``objective``'s terms, and the largest engine gap in nats, of a global batch that is not trained on; on all ranks.
+
+        Arguments as for :meth:`step`. One forward pass; within :meth:`off_device` the weights alone are brought for it.
+        """
+        with nullcontext() if self._waiting is None else self._waiting.on_device(), torch.no_grad():
+            for ddp in self.ddp:
+                ddp.eval()
+            hidden = forward_only(
+                self.chunks, HiddenStateModel.forward_packed, batches, self.layout, keep=self.platform.to_host
+            )
+            losses = [self._loss(objective, *each) for each in zip(batches, teacher, reference, strict=True)]
+            outputs = [loss(each.to(self.device)) for loss, each in zip(losses, hidden, strict=bool(hidden))]
+        *sums, _, engine_gap_max = self._reduce(batches, outputs).tolist()
+        return LossTerms(*sums), engine_gap_max
+
     def student_support(self, batches: Sequence[PackedBatch], positions: Sequence[Tensor]) -> list[Tensor]:
         """[P, k] int64 in host memory for each micro-batch: the ids of "topk_reverse_kl" at its ``positions`` [P].
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["lines", "fan", "heat", "stack"]
@@ -62,7 +62,7 @@ def _limits(monitor: str) -> tuple[Level, ...]:
     return tuple(Level(level, config=f"monitors.{monitor}.{level}") for level in ("warn", "rollback", "stop"))
 
 
-SECTIONS = (
+_OF_TRAINING = (
     Section(
         "Outcome",
         (
@@ -127,7 +127,10 @@ SECTIONS = (
                 "tokens",
                 "The same at the evaluation's temperature; greedy answers inflate later than sampled ones.",
                 (
+                    Curve("eval/length_p05", "p05", joined=True),
+                    Curve("eval/length_p25", "p25", joined=True),
                     Curve("eval/length_p50", "p50", joined=True),
+                    Curve("eval/length_p75", "p75", joined=True),
                     Curve("eval/length_p95", "p95", joined=True),
                     Curve("eval/length_max", "max", joined=True),
                 ),
@@ -190,7 +193,10 @@ SECTIONS = (
                 "Loss weight on repeated tokens",
                 "share",
                 "The share of the on-policy term that repetition decides: frequency, before the advantage comes in.",
-                (Curve("policy/repeated_weight", "rollouts"),),
+                (
+                    Curve("policy/repeated_weight", "rollouts"),
+                    Curve("eval/repeated_weight", "held-out", joined=True),
+                ),
                 low=0.0,
                 high=1.0,
             ),
@@ -279,7 +285,10 @@ SECTIONS = (
                 "Divergence from the reference",
                 "nats",
                 "How far the student has gone from where it began; a steady climb asks for a larger loss.reference_kl.",
-                (Curve("loss/reference_kl", "KL(student ‖ reference)"),),
+                (
+                    Curve("loss/reference_kl", "rollouts"),
+                    Curve("eval/reference_kl", "held-out", joined=True),
+                ),
                 low=0.0,
             ),
             Panel(
@@ -410,4 +419,18 @@ SECTIONS = (
         ),
     ),
 )
+
+
+def _on_heldout(panel: Panel) -> Panel:
+    """The same of the held-out responses."""
+    names = [(curve.name.removeprefix("policy/"), curve.label) for curve in panel.curves if "staleness" not in curve.name]
+    curves = tuple(Curve(f"eval/{name}", label, joined=True) for name, label in names)
+    look_for = "As of the rollouts, at the evaluation's temperature, on prompts that are not trained on."
+    return replace(panel, key=f"heldout_{panel.key}", title=f"{panel.title}, held-out", look_for=look_for, curves=curves)
+
+
+_SCORED = ("advantage", "log_probs", "stop_log_prob", "entropy", "agreement", "engine_gap")
+_HELDOUT = tuple(_on_heldout(panel) for section in _OF_TRAINING for panel in section.panels if panel.key in _SCORED)
+_AFTER = 1 + [section.title for section in _OF_TRAINING].index("What the teacher says")
+SECTIONS = (*_OF_TRAINING[:_AFTER], Section("Of held-out responses", _HELDOUT), *_OF_TRAINING[_AFTER:])
 PANELS = tuple(panel for section in SECTIONS for panel in section.panels)

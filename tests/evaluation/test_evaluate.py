@@ -80,11 +80,17 @@ def test_evaluation_reports_accuracy_and_the_monitors_of_the_responses() -> None
         "eval/repetition_rate": None,  # no text is long enough to tell
         "eval/repeated_ngrams": 0.0,
         "eval/length_mean": 3.5,
+        "eval/length_p05": 2.0,
+        "eval/length_p25": 2.0,
         "eval/length_p50": 2.0,
+        "eval/length_p75": 2.0,
         "eval/length_p95": 8.0,
         "eval/length_max": 8.0,
         "eval/unverified": 0.0,
     }
+    (histogram,) = result.histograms(make_task(prompts, name="gsm8k")).items()
+    assert histogram[0] == "eval/gsm8k/length_histogram"
+    assert (sum(histogram[1].counts), histogram[1].counts[-1], histogram[1].high) == (4, 1, SAMPLING.max_new_tokens)
 
 
 def test_repeated_ngrams_are_of_the_configured_length() -> None:

@@ -25,6 +25,7 @@ from megatron_opd.scoring.routed import RoutedScorer
 from megatron_opd.types import (
     Aggregation,
     FrozenScores,
+    LossTerms,
     Objective,
     PackedBatch,
     Prompt,
@@ -186,6 +187,34 @@ def _train(
         of_rollouts = {rollouts.index(packed[place]): values for place, values in taken.responses.items()}
         stats.append(replace(taken, responses=of_rollouts))
     return trainer, stats
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of two steps, each measured before it was taken."""
+
+    measured: list[tuple[LossTerms[float], float]]  # with the largest engine gap, nats
+    stepped: list[StepStats]
+    weights: dict[str, torch.Tensor]  # in the end, by HF name
+
+
+def measure_before_steps(student: str, teacher: str, case: Case, measured: Objective | None) -> Measured:
+    """``measured``: the objective of the measurements; None: there are none."""
+    layout, platform = open_layout(case.parallel)
+    trainer = build_trainer(student, case, layout, platform)
+    padded = trainer.spec.dims.padded_vocab_size
+    scorers = [build_scorer(teacher, case, layout, platform, padded) for _ in ("teacher", "reference")]
+    found = Measured([], [], {})
+    for seed in range(2):
+        shares = share(make_rollouts(seed, trainer.loss_vocab_size), case, layout)
+        own = own_part(shares, layout)
+        with trainer.off_device():
+            of_teacher, of_reference = (_score(scorer, shares) for scorer in scorers)
+            if measured is not None:
+                found.measured.append(trainer.measure(own, of_teacher, of_reference, measured))
+        found.stepped.append(trainer.step(own, of_teacher, of_reference))
+    found.weights.update(hf_weights(trainer))
+    return found
 
 
 def _score(scorer: Scorer, shares: list[list[PackedBatch]]) -> list[FrozenScores]:

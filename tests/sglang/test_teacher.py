@@ -317,6 +317,26 @@ def test_run_is_that_of_a_megatron_teacher(
     )
 
 
+def test_held_out_responses_are_scored_as_by_a_megatron_teacher(
+    inputs: tuple[Path, dict[str, Any]], endpoint: Endpoint
+) -> None:
+    """At the loss's temperature; of another the server knows nothing."""
+    folder, tree = inputs
+    key = folder / "key"
+    key.write_text(f"{endpoint.api_key}\n")
+    served = {"backend": "sglang", "urls": [endpoint.url], "api_key_file": str(key)}
+    heldout = {"prompts": str(folder / "heldout.jsonl"), "limit": 8, "temperature": 1.0, "teacher": False}
+    here = metrics_of(folder, "heldout-here", {**tree, "eval": {}}, eval=heldout)[-1]
+    there = metrics_of(folder, "heldout-served", {**tree, "eval": {}}, eval=heldout, teacher=served)[-1]
+    for metric in ("log_prob", "teacher_log_prob", "advantage", "advantage_regular", "teacher_stop_log_prob", "reference_kl"):
+        assert there[f"eval/{metric}"] == pytest.approx(here[f"eval/{metric}"], rel=1e-4, abs=1e-6), metric
+    assert here["eval/teacher_entropy"] > 0 and there["eval/teacher_entropy"] is None
+    cooler = {**heldout, "temperature": 0.6}
+    other = metrics_of(folder, "heldout-cooler", {**tree, "eval": {}}, eval=cooler, teacher=served)[-1]
+    assert other["eval/advantage"] is other["eval/teacher_log_prob"] is None
+    assert other["eval/engine_gap_max"] < 1e-4 and other["eval/reference_kl"] is not None
+
+
 def test_server_that_the_run_starts_writes_and_scores(inputs: tuple[Path, dict[str, Any]]) -> None:
     """The first step's student responses do not depend on the teacher, so its term is that of a Megatron teacher."""
     folder, tree = inputs
