@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_opd.config import ControlConfig
 from megatron_opd.config_checks import check_combinations
 from megatron_opd.config_file import load_config
-from megatron_opd.types import OpdError
+from megatron_opd.monitoring.control import control
+from megatron_opd.types import OpdError, TrainState
 from tests import runs
 
 ALARM, TARGET = 9, 6  # steps
@@ -165,6 +167,26 @@ def test_without_a_healthy_checkpoint_the_alarm_that_kept_them_from_it_is_named(
     result = runs.run(folder, config)
     assert result.returncode == 1
     assert "is healthy: monitors.truncation.warn was reached at their steps; raise it, or set it to null" in result.stderr
+
+
+def test_controlled_coefficients_follow_each_steps_figures_and_outlive_a_kill(tmp_path: Path) -> None:
+    config = runs.make_inputs(tmp_path)
+    del config["eval"]
+    config["checkpoint"]["every"] = 3
+    settings = {"reference_kl_target": 2e-5, "truncation_target": 0.4, "rate": 0.5, "max_factor": 3.0}
+    config["monitors"] = {"control": settings}
+    process = runs.start(tmp_path, config)
+    runs.kill_after_step(process, tmp_path / "run", 4)
+    result = runs.run(tmp_path, config)
+    assert result.returncode == 0, result.stderr
+    records, state = runs.metrics(tmp_path / "run"), TrainState()
+    assert [record["step"] for record in records] == list(range(1, 7))
+    for record in records:
+        assert record["mixture/reference_kl"] == pytest.approx(0.1 * state.reference_factor)
+        assert record["mixture/gold_weight"] == pytest.approx(0.1 * state.gold_factor)
+        control(state, ControlConfig(**settings), record["loss/reference_kl"], record["rollout/truncation_rate"])
+    assert records[-1]["mixture/reference_kl"] == pytest.approx(0.3)  # at its bound
+    assert len({record["mixture/gold_weight"] for record in records}) > 3
 
 
 @pytest.mark.parametrize(
