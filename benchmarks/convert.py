@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Mo
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.convert import Work, to_hf, to_megatron
-from megatron_opd.conversion.workers import Report, default_processes, share
+from megatron_opd.workers import Report, default_processes, share
 
 BLOCK = 1 << 20  # bytes; as the converter digests and writes
 

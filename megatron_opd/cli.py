@@ -118,6 +118,7 @@ def _add_plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--timeline", metavar="FILE.svg", help="draw one step there, as SVG or PNG")
     command.add_argument("--calibrate", metavar="RUN", help="folder of a run whose seconds scale the predicted ones")
     command.add_argument("--against", metavar="RUN", help="another run: print the error of its predicted seconds")
+    command.add_argument("--processes", metavar="N", type=int, help="that plan other settings; default: one a core, at most 8")
 
 
 def _train(config: Config, arguments: list[str]) -> int:
@@ -224,6 +225,7 @@ def _plan(options: argparse.Namespace) -> int:
     with loading():
         from megatron_opd.planner.command import Asked, plan
         from megatron_opd.planner.mean_step import Lengths
+        from megatron_opd.workers import default_processes
 
     asked = Asked(
         config=options.config,
@@ -238,6 +240,7 @@ def _plan(options: argparse.Namespace) -> int:
         timeline=options.timeline,
         calibrate=options.calibrate,
         against=options.against,
+        processes=default_processes() if options.processes is None else options.processes,
     )
     return 0 if plan(asked) else 1
 

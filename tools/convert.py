@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("interrupted" if options.command == "verify" else "interrupted; the same command goes on from here")
         return 130
     except Exception as error:  # whatever it is, in one line
-        from megatron_opd.conversion.workers import one_line
+        from megatron_opd.workers import one_line
 
         _say(one_line(error))
         return 2
@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace, gpus: str | None) -> int:
     from megatron_opd.conversion.convert import Work, to_hf, to_megatron
     from megatron_opd.conversion.progress import Progress
     from megatron_opd.conversion.quantize import Quantization, to_quantized_hf
-    from megatron_opd.conversion.workers import default_processes
+    from megatron_opd.workers import default_processes
 
     def start(total: int) -> Callable[[int], None]:
         return Progress(options.command, total, sys.stderr).add

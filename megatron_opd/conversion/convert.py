@@ -18,7 +18,6 @@ from megatron_opd.conversion.digests import source_checks
 from megatron_opd.conversion.safetensors_file import content, file_names, header, write_index
 from megatron_opd.conversion.target import OutputFile, check_links, copy_all_but_weights, identity_of, new_folder
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, entry_bytes
-from megatron_opd.conversion.workers import Report, StartReport
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.checkpoint_files import LATEST
 from megatron_opd.mcore.hf_mapping import by_tensors, entries
@@ -27,6 +26,7 @@ from megatron_opd.mcore.sharding import Entry
 from megatron_opd.mcore.torch_dist import WeightFiles, consecutive
 from megatron_opd.mcore.weight_places import Blueprint, blueprint
 from megatron_opd.types import OpdError
+from megatron_opd.workers import Report, StartReport
 
 RELEASE = "release"  # Megatron-LM's name for weights that no training step of its own has made
 HF_FILES = "hf"  # beside it: config.json, tokenizer and so on, byte for byte

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 from blake3 import blake3
 
-from megatron_opd.conversion.workers import Report, Task
 from megatron_opd.mcore.checkpoint_files import STATE, list_files, read_files, root_cause
 from megatron_opd.processes import begin_sync
 from megatron_opd.types import OpdError
+from megatron_opd.workers import Report, Task
 
 MANIFEST = "manifest.json"
 _STORED = {".safetensors", ".distcp"}

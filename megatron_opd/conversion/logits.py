@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.conversion.verify import config_for, is_hf
-from megatron_opd.conversion.workers import Report, share
 from megatron_opd.data.tokenizers import load_tokenizer
 from megatron_opd.hf_folder import HFFolder
 from megatron_opd.mcore.megatron_lm import find_checkpoint, load_megatron_lm
@@ -22,6 +21,7 @@ from megatron_opd.mcore.model import build_model, model_spec, transformer_config
 from megatron_opd.mcore.parallel import init_layout
 from megatron_opd.mcore.platform import Platform
 from megatron_opd.types import OpdError, PackedBatch
+from megatron_opd.workers import Report, share
 
 LARGEST = 1e-5  # difference relative to the largest logit; fp32 sums in another order give a tenth of it
 _TOKENS = 512

@@ -16,12 +16,12 @@ import torch
 from megatron_opd.conversion.convert import Work, config_folder, to_hf
 from megatron_opd.conversion.modelopt_export import CALIBRATED, Export, export_in_child
 from megatron_opd.conversion.target import check_links, copy_all_but_weights, new_folder
-from megatron_opd.conversion.workers import Interrupted
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizers import load_tokenizer, stop_ids
 from megatron_opd.hf_folder import HFFolder, expected_shapes
 from megatron_opd.quantization import ExportFormat, require_modelopt
 from megatron_opd.types import OpdError
+from megatron_opd.workers import Interrupted
 
 # Peak over the weights in two bytes each. 3.0 to 3.3 were resident for 144M parameters, but 2.0 of it the mapped fp32 file.
 _PEAK = 2.5

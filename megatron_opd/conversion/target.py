@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from megatron_opd.conversion.digests import MANIFEST, Digest, Digesting, SourceCheck, manifest_text
-from megatron_opd.conversion.workers import Interrupted, Report, StartReport, Task, portable, share
 from megatron_opd.mcore.checkpoint_files import list_files, root_cause
 from megatron_opd.types import OpdError
+from megatron_opd.workers import Interrupted, Report, StartReport, Task, portable, share
 
 _FILES, _JOURNAL = "files", "journal.jsonl"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}

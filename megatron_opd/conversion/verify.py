@@ -14,12 +14,12 @@ from megatron_opd.conversion.convert import HF_FILES
 from megatron_opd.conversion.digests import file_check, recorded
 from megatron_opd.conversion.target import is_of_weights
 from megatron_opd.conversion.weights import HFWeights, MegatronWeights, Weights, entry_bytes, same
-from megatron_opd.conversion.workers import Report, StartReport, Task, share
 from megatron_opd.hf_folder import TEXTS, HFFolder
 from megatron_opd.mcore.hf_mapping import Entry, entries
 from megatron_opd.mcore.model import model_spec
 from megatron_opd.mcore.torch_dist import consecutive
 from megatron_opd.types import OpdError
+from megatron_opd.workers import Report, StartReport, Task, share
 
 _SHARED = 1 << 26  # bytes of tensors that one process compares before it is given more
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_opd.advisor.planner import NoRoom
 from megatron_opd.config import Config
 from megatron_opd.planner.rank_steps import PlannedStep
 from megatron_opd.planner.seconds import StepSeconds
 from megatron_opd.types import OpdError
+from megatron_opd.workers import Report, share
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,21 @@ class Alternative:
 Timed = Callable[[Config], tuple[PlannedStep, StepSeconds]]  # raises OpdError or NoRoom
 
 
-def alternatives(config: Config, load: Callable[[Sequence[str]], Config], timed: Timed) -> list[Alternative]:
-    """The fastest first, then those that do not fit. ``load`` gives the config with more overrides, or raises OpdError."""
-    found = []
-    for lines in _changes(config):
+def alternatives(config: Config, load: Callable[[Sequence[str]], Config], timed: Timed, processes: int) -> list[Alternative]:
+    """The fastest first, then those that do not fit. ``load`` gives the config with more overrides, or raises OpdError.
+
+    Each is planned in one of ``processes`` forked ones, which know what has been measured here before.
+    """
+
+    def planned(lines: tuple[str, ...], _: Report) -> Alternative:
         try:
             plan, seconds = timed(load(lines))
-            found.append(Alternative(lines, plan.memory.peak, seconds))
+            return Alternative(lines, plan.memory.peak, seconds)
         except (OpdError, NoRoom):
-            found.append(Alternative(lines, None, None))
+            return Alternative(lines, None, None)
+
+    tasks = [partial(planned, lines) for lines in _changes(config)]
+    found = [each for _, each in sorted(share(tasks, processes, lambda _: None), key=lambda done: done[0])]
     return sorted(found, key=lambda each: float("inf") if each.seconds is None else each.seconds.step)
 
 

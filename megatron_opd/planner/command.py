@@ -47,12 +47,14 @@ class Asked:
     timeline: str | None
     calibrate: str | None
     against: str | None
+    processes: int
 
 
 def plan(asked: Asked) -> bool:
     """Print the plan; whether the memory is enough. Of the models only config.json is read. Raises OpdError for bad input."""
     _positive("--nodes", asked.nodes)
     _positive("--gpus-per-node", asked.gpus_per_node)
+    _positive("--processes", asked.processes)
     gpu = GPUS[asked.gpu]
     if asked.against is not None and asked.calibrate is None:
         raise OpdError(f"--against: {asked.against}, but there is no --calibrate; give the run to calibrate by")
@@ -100,7 +102,7 @@ def plan(asked: Asked) -> bool:
         host_memory=host_memory,
         seconds=seconds,
         resharding=_resharding(own),
-        alternatives=alternatives(config, load, timed),
+        alternatives=alternatives(config, load, timed, asked.processes),
         assumptions=[
             *_of_lengths(own, asked.lengths),
             *_of_parts(config),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def test_long_lines_are_broken() -> None:
 @pytest.mark.exhaustive  # a processor second is longer on a machine with other work
 @pytest.mark.parametrize("nodes", [8, 32, 128])
 def test_70b_takes_less_than_a_minute(nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], table: Table) -> None:
-    """Of one core: CPU seconds."""
+    """Of two cores: CPU seconds, of which the two processes that plan other settings share theirs."""
     file = write(tmp_path)
     model = write_config_json(tmp_path / "70b", LLAMA_70B)
     layout = "{tp: 8, pp: 4, sequence_parallel: true}"
@@ -194,9 +194,11 @@ def test_70b_takes_less_than_a_minute(nodes: int, tmp_path: Path, capsys: pytest
         *("packing.max_tokens_per_microbatch=16384", "student.megatron.recompute_granularity=full"),
         *("student.megatron.recompute_method=uniform", "student.megatron.recompute_num_layers=1"),
     ]
-    started = time.process_time()
-    assert cli.main(["plan", str(file), *overrides, "--nodes", str(nodes), "--gpu", "h100"]) == 0
-    seconds = time.process_time() - started
+    before = os.times()
+    assert cli.main(["plan", str(file), *overrides, "--nodes", str(nodes), "--gpu", "h100", "--processes", "2"]) == 0
+    own, own_system, shared, shared_system = (now - then for now, then in zip(os.times()[:4], before[:4], strict=True))
+    assert shared > 0
+    seconds = own + own_system + (shared + shared_system) / 2
     assert seconds < 60
     table.add("Planner", f"70B, {8 * nodes} GPUs", f"{seconds:.0f} s")
 
