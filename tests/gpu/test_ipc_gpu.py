@@ -1,44 +1,24 @@
-"""CUDA IPC between two processes: the bytes that one wrote are what the other reads, without a copy through the host."""
+"""CUDA IPC: the product's carrier to an engine in another process, which reads the trainer's buffers on the device."""
 
 from __future__ import annotations
 
-import multiprocessing
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import reduce_tensor
 
-from megatron_opd.sglang.engine_side.opd_weights import digest
+from tests.conftest import Table
+from tests.gpu.one_rank import alone
+from tests.tiny_models import make_model
+from tests.weight_sync.ipc_push import check, push_twice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SIZE = 1 << 26
 
 
-def _read(pipe: Any) -> None:
-    rebuild, arguments = pipe.recv()
-    shared = rebuild(*arguments)
-    pipe.send(digest(shared))
-    shared[:1024] = 7
-    torch.cuda.synchronize()
-    del shared
-    pipe.send("written")
-
-
-def test_another_process_reads_and_writes_the_same_memory() -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-    flat = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, device="cuda", generator=generator)
-    expected = digest(flat)
-    torch.cuda.synchronize()
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_read, args=(theirs,))
-    process.start()
-    try:
-        ours.send(reduce_tensor(flat))
-        assert ours.poll(60) and ours.recv() == expected
-        assert ours.poll(60) and ours.recv() == "written"
-        assert bool((flat[:1024] == 7).all())
-    finally:
-        process.join(30)
-        process.kill()
+@pytest.mark.parametrize("bucket_bytes", [1 << 16, 1 << 30], ids=["many buckets", "one bucket"])
+def test_engine_in_another_process_has_what_the_trainer_exported(tmp_path: Path, bucket_bytes: int, table: Table) -> None:
+    make_model(tmp_path / "student", "qwen3", layers=8, hidden=256, heads=8, kv_heads=4, head_dim=64, seed=1)
+    pushes = alone(push_twice, tmp_path / "student", tmp_path, bucket_bytes)
+    check(pushes)
+    held = " and ".join(f"{push.held / 2**20:.0f} MiB" for push in pushes)
+    table.add("Weights by CUDA IPC", f"buckets of {bucket_bytes} bytes", f"{pushes[0].received:.0f} bytes; then held: {held}")

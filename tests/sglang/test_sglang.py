@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.rollout.responses import whole_response
 from megatron_opd.sglang.client import Client, Endpoint, EngineError, Generated, generation
 from megatron_opd.sglang.dispatch import Ask, dispatch
-from megatron_opd.sglang.server import Server, check_arguments
+from megatron_opd.sglang.server import CPU_STAND_INS, Server, check_arguments
 from megatron_opd.types import OpdError, RunStopped, SamplingParams
+from megatron_opd.weight_sync.members import SharedTensor, _serialize
 from tests import runs
 from tests.sglang.conftest import PYTHON, spec
 from tests.sglang.pushing import PROMPTS, Push, endpoint_of, push_and_generate
@@ -103,6 +107,28 @@ def test_arguments_are_checked_against_the_installed_package() -> None:
     }.items():
         with pytest.raises(OpdError, match=f"rollout.sglang.{name}: {words}"):
             check_arguments(str(PYTHON), {name: 1})
+
+
+def test_what_a_push_pickles_passes_sglangs_unpickler() -> None:
+    """A command, and behind it a tensor that CUDA IPC shares, as torch describes one; nothing is rebuilt here."""
+    cuda = (torch.Tensor, torch.Size([8]), (1,), 0, torch.storage.UntypedStorage, torch.uint8)
+    handles = (0, b"memory", 8, 0, False, b"counter", 0, b"event", True)
+    payload = _serialize(
+        [("command", torch.zeros(3, dtype=torch.uint8)), ("data", SharedTensor(rebuild_cuda_tensor, (*cuda, *handles)))]
+    )
+    code = """
+import base64, io, sys
+from sglang.srt.utils import common
+class Named(common.SafeUnpickler):
+    def find_class(self, module, name):
+        found = super().find_class(module, name)
+        return (lambda *arguments: ("shared", len(arguments))) if name == "rebuild_cuda_tensor" else found
+(_, command), (_, shared) = Named(io.BytesIO(base64.b64decode(sys.stdin.read()))).load()
+print(command.tolist(), shared)
+"""
+    stand_ins = {**os.environ, "PYTHONPATH": str(CPU_STAND_INS)}
+    done = subprocess.run([PYTHON, "-c", code], input=payload, env=stand_ins, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0] ('shared', 15)"], done.stderr
 
 
 def test_engine_that_computes_otherwise_stops_the_run(tmp_path: Path) -> None:
