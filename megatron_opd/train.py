@@ -120,7 +120,7 @@ def _run(
                 state.policy_version += not stats.skipped
                 sync = system.weight_sync.push(state.policy_version)
 
-        record = {**rollout_figures(rollouts), "packing/padding": padding_share(shares, rollouts)}
+        record = {**rollout_figures(rollouts, dist.group.WORLD), "packing/padding": padding_share(shares, rollouts)}
         record |= {"mixture/reference_kl": objective.reference_kl, "mixture/gold_weight": objective.gold_weight}
         record |= {**system.monitors.summary(), **lag, **clock.record(stats.tokens), "ranks": dist.get_world_size()}
         record |= system.engine.figures() if system.engine else {}

@@ -118,13 +118,14 @@ def correctness(rollouts: Sequence[Rollout]) -> list[bool | None]:
     return [None if rollout.prompt.answer is None else _judge(rollout).correct for rollout in rollouts]
 
 
-def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
+def rollout_figures(rollouts: Sequence[Rollout], group: ProcessGroup | None = None) -> dict[str, float | None]:
     """Of a training step's student rollouts, as metrics.jsonl has them: shares, None where there is nothing to count.
 
     Right ones and those that the verification says nothing about, among those whose prompt has an answer; and empty ones.
+    ``group``: as for :func:`verify`.
     """
     own = [rollout for rollout in rollouts if rollout.source is Source.STUDENT]
-    verdicts = [_judge(rollout) for rollout in own if rollout.prompt.answer is not None]
+    verdicts = verify([rollout for rollout in own if rollout.prompt.answer is not None], group)
     return {
         "rollout/accuracy": statistics.fmean(verdict.correct for verdict in verdicts) if verdicts else None,
         "rollout/unverified": unverified(verdicts),

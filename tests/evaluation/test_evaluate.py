@@ -116,13 +116,14 @@ def test_several_samples_of_a_task_have_seeds_of_their_own_and_more_figures() ->
 def test_ranks_share_the_verification_and_all_get_every_verdict(pool: WorkerPool) -> None:
     answers = ["4", "5", r"\sqrt{16}", "4", "x"]
     expected = [True, False, True, True, False]
-    for verdicts in pool.run(2, verify_on_rank, answers):
+    for verdicts, figures in pool.run(2, verify_on_rank, answers):
         assert [verdict.correct for verdict in verdicts] == expected
+        assert figures == {"rollout/accuracy": 0.6, "rollout/unverified": 0.0, "rollout/empty": 0.0}
 
 
-def verify_on_rank(answers: list[str]) -> list[Verdict]:
+def verify_on_rank(answers: list[str]) -> tuple[list[Verdict], dict[str, float | None]]:
     rollouts = [make_rollout(prompt=make_prompt(str(i), answer=each), text="4") for i, each in enumerate(answers)]
-    return verify(rollouts, dist.group.WORLD)
+    return verify(rollouts, dist.group.WORLD), rollout_figures(rollouts, dist.group.WORLD)
 
 
 def test_the_draws_depend_on_the_prompt_and_seed_alone() -> None:
