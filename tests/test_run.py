@@ -111,6 +111,23 @@ def test_run_of_experts_exports_every_tensor(tmp_path: Path, parallel: dict[str,
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_run_in_bf16(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
+    """As on GPUs: engine, frozen models, gradients' passes; masters and reductions in fp32."""
+    folder, config, _ = uninterrupted
+    tree = {**config, "run": {"name": "bf16", "dir": str(folder / "bf16"), "steps": 3}}
+    tree["student"] = {**config["student"], "dtype": "bfloat16", "offload": True}
+    result = runs.run(folder, tree)
+    assert result.returncode == 0, result.stderr
+    records, in_fp32 = runs.metrics(folder / "bf16")[1:], runs.metrics(folder / "run")[1:]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record["policy/engine_gap_mean"] < 0.1  # nats: of logits in 8 bits
+        assert record["skipped_steps"] == 0
+    assert records[0]["loss/gold_sft"] == pytest.approx(in_fp32[0]["loss/gold_sft"], rel=0.01)  # the same text
+    dtypes = {tensor.dtype for tensor in load_file(folder / "bf16" / "hf" / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
+
+
 def test_run_with_two_teachers_in_layouts_of_their_own(uninterrupted: tuple[Path, dict[str, Any], str]) -> None:
     folder, config, _ = uninterrupted
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
