@@ -318,6 +318,23 @@ class Config(_Section):
         """Those that score behind SGLang servers, by name; they are on none of the ranks."""
         return {name: each for name, each in self.all_teachers.items() if each.backend == "sglang"}
 
+    def teacher_scores_at(self, temperature: float) -> bool:
+        """Whether every teacher can say what it thinks of responses sampled at another ``temperature`` than the loss's."""
+        return not self.served_teachers or temperature == self.objective.temperature
+
+    @property
+    def scores_heldout(self) -> bool:
+        """Whether the held-out responses are scored, and not only judged: a reference or a teacher can tell."""
+        if self.eval is None or self.eval.prompts is None or not self.eval.score:
+            return False
+        teacher = self.objective.needs_teacher and self.teacher_scores_at(self.eval.temperature)
+        return teacher or self.objective.needs_reference
+
+    @property
+    def responses_per_step(self) -> int:
+        """Of all sources."""
+        return self.data.prompts_per_step * (self.mixture.student + self.mixture.teacher + self.mixture.gold)
+
     @property
     def samples(self) -> bool:
         """Whether the student writes."""

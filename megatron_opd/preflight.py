@@ -287,8 +287,7 @@ def _padded(config: Config, length: int) -> int:
 
 def _check_scored(config: Config, tasks: Sequence[Task]) -> None:
     """The held-out responses fit a micro-batch, where they are scored. Raises OpdError."""
-    scores = config.objective.needs_teacher or config.objective.needs_reference
-    if config.eval is None or not config.eval.score or not scores:
+    if not config.scores_heldout:
         return
     for task in tasks:
         longest = _padded(config, max(_sequence_length(prompt, task.max_new_tokens, gold=False) for prompt in task.prompts))

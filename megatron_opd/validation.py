@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
@@ -18,6 +18,7 @@ from megatron_opd.setup import System
 from megatron_opd.types import (
     FrozenScores,
     Histogram,
+    LossTerms,
     Objective,
     PackedBatch,
     Rollout,
@@ -37,17 +38,18 @@ class Validation:
     def start(self, state: TrainState) -> Validated:
         """Of the student before the first step, with the accuracy of the teacher. Raises as :meth:`run`."""
         validated = self.run(state, "before")
-        engine, settings = self._system.teacher_engine, self._config.eval
-        if engine is None or settings is None or not settings.teacher:
+        system, settings = self._system, self._config.eval
+        if system.teacher_engine is None or settings is None or not settings.teacher:
             return validated
         teachers: dict[str, float | None] = {}
-        with self._system.trainer.off_device():
+        with system.trainer.off_device():
             for task in self._inputs.tasks:
                 if self._config.teachers and task.name != HELDOUT:
                     continue  # several teachers share the engine, and only the held-out prompts say which one is theirs
-                accuracy = self._evaluate(engine, task).accuracy
+                accuracy = self._evaluate(system.teacher_engine, task).accuracy
                 teachers[f"{task.prefix}/teacher_accuracy"] = accuracy
                 _keep(state, task, "teacher", accuracy)
+            system.teacher_engine.sleep()
         return Validated({**validated.figures, **teachers}, validated.histograms)
 
     def run(self, state: TrainState, name: str = "after") -> Validated:
@@ -61,6 +63,7 @@ class Validation:
         histograms: dict[str, Histogram] = {}
         with system.trainer.off_device():
             results = [(task, self._evaluate(system.engine, task)) for task in self._inputs.tasks]
+            system.sleep_engines()  # their memory is the frozen models', then the student's
             for task, result in results:
                 check_versions(result.rollouts, state.policy_version, lag=0)
                 figures |= result.figures(task, self._config.monitors)
@@ -81,13 +84,12 @@ class Validation:
 def scored_figures(config: Config, system: System, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float | None]:
     """What a step's loss reports of its rollouts, of others of the student's, as metrics.jsonl has it under "eval". Ours.
 
-    Every distribution is at the ``temperature`` that they were sampled at. A served teacher knows the loss's alone: at another
-    its figures are None. Empty without a teacher and a reference. Within ``trainer.off_device``; engines on the training's
-    devices sleep afterwards.
+    Every distribution is at the ``temperature`` that they were sampled at. Empty where neither a reference nor a teacher can
+    tell, see ``Config.scores_heldout``. About as many responses as a step has are scored at a time, for what waits in host
+    memory meanwhile. Within ``trainer.off_device``, while the engines sleep.
     """
     trainer, layout = system.trainer, system.trainer.layout
-    tells = not config.served_teachers or temperature == config.objective.temperature
-    teacher, reference = system.teacher if tells else None, system.reference
+    teacher, reference = system.teacher if config.teacher_scores_at(temperature) else None, system.reference
     if teacher is None and reference is None:
         return {}
     objective = Objective(
@@ -101,21 +103,34 @@ def scored_figures(config: Config, system: System, rollouts: Sequence[Rollout], 
         reference_kl=float(reference is not None),
         merge_stop_class=config.objective.merge_stop_class,
     )
-    system.sleep_engines()
-    shares = pack(
+    multiples = Multiples.of(config.layouts.values(), config.row_multiple)
+    whole = pack(
         rollouts,
         dp_size=layout.dp_size,
         max_tokens=config.packing.max_tokens_per_microbatch,
         aggregation=config.loss.aggregation,
-        multiples=Multiples.of(config.layouts.values(), config.row_multiple),
+        multiples=multiples,
         repeated=repeated_tokens([rollout.response_ids for rollout in rollouts], config.monitors.ngram),
     )
-    batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
-    terms, engine_gap_max = trainer.measure(batches, score(teacher, shares), score(reference, shares), objective)
+    sums, largest = LossTerms(*[0.0] * len(LossTerms._fields)), 0.0
+    for shares in slices(whole, len(rollouts), config.responses_per_step, multiples.microbatches):
+        batches = [context_slice(batch, layout.cp_rank, layout.cp_size) for batch in shares[layout.dp_rank]]
+        terms, gap = trainer.measure(batches, score(teacher, shares), score(reference, shares), objective)
+        sums, largest = LossTerms(*map(sum, zip(sums, terms, strict=True))), max(largest, gap)
     return {
-        **policy_figures(terms, engine_gap_max, "eval", teacher=teacher is not None, logits=not config.served_teachers),
-        "eval/reference_kl": None if reference is None else terms.reference_kl,
+        **policy_figures(sums, largest, "eval", teacher=teacher is not None, logits=not config.served_teachers),
+        "eval/reference_kl": None if reference is None else sums.reference_kl,
     }
+
+
+def slices(
+    shares: Sequence[Sequence[PackedBatch]], responses: int, at_once: int, multiple: int
+) -> Iterator[list[Sequence[PackedBatch]]]:
+    """Every rank's micro-batches in parts that hold about ``at_once`` of all ``responses``, but at least ``multiple`` each."""
+    count = len(shares[0])
+    size = max(1, count * at_once // max(1, responses) // multiple) * multiple
+    for first in range(0, count, size):
+        yield [share[first : first + size] for share in shares]
 
 
 def score(scorer: Scorer | None, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:

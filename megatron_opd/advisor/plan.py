@@ -22,6 +22,7 @@ class EngineBytes:
 
     weights: int
     cache: int  # of keys and values, at the most; of one engine at a time
+    pushed: int = 0  # weights of servers that sleep, which come back for new ones
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class RankClass:
     export: int  # full tensors on their way out of the student, two at a time
     waiting: int  # the frozen models' hidden states, in host memory
     student_offload: bool
-    evaluates: bool
 
     @property
     def resident(self) -> int:
@@ -61,14 +61,13 @@ class RankClass:
         away = 0 if self.student_offload else self.state.total
         scoring = [(each.size.weights if each.offload else 0) + each.size.working for each in self.frozen.values()]
         step = max(self.passes.recomputed + self.passes.working, self.loss)
-        phases = {
+        return {
             "start": always + self.state.total - self.state.moments + self.visiting,
             "rollout": always + away + self.engine.cache,
             "score": always + away + max(scoring, default=0),
             "train": always + self.state.total + self.passes.held + step,
-            "export": always + self.state.total + self.export,
+            "export": always + self.state.total + self.export + self.engine.pushed,
         }
-        return phases | ({"evaluate": always + self.state.total + self.engine.cache} if self.evaluates else {})
 
     @property
     def phase(self) -> str:

@@ -93,7 +93,6 @@ class Planner:
             export=2 * student.dims.padded_vocab_size * int(student.hf.hidden_size) * itemsize,
             waiting=tokens * sum(hidden) * itemsize if last else 0,
             student_offload=config.student.offload,
-            evaluates=config.eval is not None,
         )
 
     def _state(self, config: Config, spec: ModelSpec, rank: Rank) -> StateBytes:
@@ -129,11 +128,12 @@ class Planner:
         sizes = [self._engine(config, models, folder, responses, gpus) for folder, responses in engines]
         asleep = share if config.rollout.placement == "colocated" else 0  # while the training has the memory
         weights = share - asleep + sum(each.weights for each in sizes)
-        return EngineBytes(weights, asleep + max((each.cache for each in sizes), default=0))
+        pushed = 0
+        if asleep and config.rollout.backend == "sglang" and config.samples and not config.rollout.urls:
+            pushed = self._elements(models.student) * dtype_of(config).itemsize // config.rollout.tp
+        return EngineBytes(weights, asleep + max((each.cache for each in sizes), default=0), pushed)
 
     def _engine(self, config: Config, models: Models, folder: HFFolder, responses: int, gpus: int) -> EngineBytes:
-        key = ("elements", str(folder.path))
-        elements = self._once(key, lambda: sum(math.prod(shape) for shape in expected_shapes(folder.config).values()))
         itemsize, hf = dtype_of(config).itemsize, folder.config
         # How many held-out prompts there are only their file tells.
         slots = config.rollout.max_batch_size if config.eval else min(config.rollout.max_batch_size, -(-responses // gpus))
@@ -145,7 +145,12 @@ class Planner:
             longest_sequence(config, models),
             itemsize,
         )
-        return EngineBytes(elements * itemsize, cache)
+        return EngineBytes(self._elements(folder) * itemsize, cache)
+
+    def _elements(self, folder: HFFolder) -> int:
+        """Of all of a model's weights."""
+        shapes = ("elements", str(folder.path))
+        return self._once(shapes, lambda: sum(math.prod(shape) for shape in expected_shapes(folder.config).values()))
 
     def _once(self, key: tuple[Any, ...], compute: Callable[[], Result]) -> Result:
         if key not in self._known:

@@ -49,11 +49,13 @@ def forward_backward(
     batches: Sequence[PackedBatch],
     losses: Sequence[LossFunction],
     layout: ParallelLayout,
+    *,
+    backward: bool = True,
 ) -> list[LossOutput]:
     """One forward and backward of every micro-batch; ``losses[i]`` belongs to ``batches[i]``.
 
-    Gradients of the summed losses accumulate in the DDP buffers and are reduced by the config's finalize function. Returns the
-    loss outputs on the last pipeline stage, an empty list elsewhere.
+    Gradients of the summed losses accumulate in the DDP buffers and are reduced by the config's finalize function; without
+    ``backward`` there are none. Returns the loss outputs on the last pipeline stage, an empty list elsewhere.
     """
 
     def step(
@@ -69,7 +71,8 @@ def forward_backward(
         return forward(chunk, batch), loss
 
     items = list(zip(batches, losses, strict=True))
-    outputs: list[LossOutput] = _run(step, chunks, batches, items, layout, forward_only=False)
+    with torch.set_grad_enabled(backward):
+        outputs: list[LossOutput] = _run(step, chunks, batches, items, layout, forward_only=not backward)
     return outputs
 
 

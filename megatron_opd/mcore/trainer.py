@@ -219,14 +219,11 @@ class Trainer:
 
         Arguments as for :meth:`step`. One forward pass; within :meth:`off_device` the weights alone are brought for it.
         """
-        with nullcontext() if self._waiting is None else self._waiting.on_device(), torch.no_grad():
-            for ddp in self.ddp:
-                ddp.eval()
-            hidden = forward_only(
-                self.chunks, HiddenStateModel.forward_packed, batches, self.layout, keep=self.platform.to_host
-            )
-            losses = [self._loss(objective, *each) for each in zip(batches, teacher, reference, strict=True)]
-            outputs = [loss(each.to(self.device)) for loss, each in zip(losses, hidden, strict=bool(hidden))]
+        for ddp in self.ddp:
+            ddp.eval()
+        losses = [self._loss(objective, *each) for each in zip(batches, teacher, reference, strict=True)]
+        with self.weights_on_device():
+            outputs = forward_backward(self.ddp, _forward, batches, losses, self.layout, backward=False)
         *sums, _, engine_gap_max = self._reduce(batches, outputs).tolist()
         return LossTerms(*sums), engine_gap_max
 
@@ -238,7 +235,7 @@ class Trainer:
 
         ``batches``: this data-parallel rank's, sliced for context parallelism.
         """
-        with nullcontext() if self._waiting is None else self._waiting.on_device():
+        with self.weights_on_device():
             hidden = forward_only(
                 self.chunks, HiddenStateModel.forward_packed, batches, self.layout, keep=self.platform.to_host
             )
@@ -277,6 +274,12 @@ class Trainer:
                     yield
             finally:
                 self._waiting = None
+
+    @contextmanager
+    def weights_on_device(self) -> Iterator[None]:
+        """Within :meth:`off_device`: the weights are there, to be read alone. Elsewhere they are in any case."""
+        with nullcontext() if self._waiting is None else self._waiting.on_device():
+            yield
 
     def parameter_buffers(self) -> list[Tensor]:
         """[elements, padded] of each of Megatron's buffers that parameters are views of: with the distributed optimizer."""
@@ -339,12 +342,12 @@ class Trainer:
         count = overlap.new_tensor(float(len(overlap)))
         return replace(output, terms=output.terms._replace(overlap=overlap.sum(), overlap_positions=count))
 
-    def _lm_head(self) -> Parameter:
-        """[V/tp, H]. Last stage only."""
+    def _lm_head(self) -> Tensor:
+        """[V/tp, H]; the parameter where gradients are wanted. Last stage only."""
         head = self.chunks[-1].lm_head
         if self.gathers_late:  # DDP waits for a parameter before its module's forward, which here is the loss
             self.ddp[-1].param_to_bucket_group[head].finish_param_sync()
-        return head
+        return head if torch.is_grad_enabled() else head.detach()  # else the loss would form its gradient, for nobody
 
     def _reduce(self, batches: Sequence[PackedBatch], outputs: Sequence[LossOutput]) -> Tensor:
         """[terms + 2] fp64 on CPU: sums over the data-parallel group of the terms and of the input tokens, and the largest

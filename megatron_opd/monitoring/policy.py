@@ -8,7 +8,7 @@ _OF_THE_TEACHER = (
     *("advantage", "advantage_repeated", "advantage_regular", "teacher_log_prob", "teacher_stop_log_prob"),
     *("teacher_entropy", "top1_agreement", "top_k_overlap"),
 )
-_OF_ITS_LOGITS = ("teacher_entropy", "top1_agreement", "top_k_overlap")
+_OF_ITS_LOGITS = ("teacher_entropy", "top1_agreement")  # the overlap counts its own positions
 
 
 def policy_figures(

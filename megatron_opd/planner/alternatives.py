@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,7 @@ from megatron_opd.config import Config
 from megatron_opd.planner.rank_steps import PlannedStep
 from megatron_opd.planner.seconds import StepSeconds
 from megatron_opd.types import OpdError
-from megatron_opd.workers import Report, share
+from megatron_opd.workers import Interrupted, Report, share
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ Timed = Callable[[Config], tuple[PlannedStep, StepSeconds]]  # raises OpdError o
 def alternatives(config: Config, load: Callable[[Sequence[str]], Config], timed: Timed, processes: int) -> list[Alternative]:
     """The fastest first, then those that do not fit. ``load`` gives the config with more overrides, or raises OpdError.
 
-    Each is planned in one of ``processes`` forked ones, which know what has been measured here before.
+    Each is planned in one of ``processes`` forked ones, which know what has been measured here before; here, where they fail.
     """
 
     def planned(lines: tuple[str, ...], _: Report) -> Alternative:
@@ -42,8 +43,15 @@ def alternatives(config: Config, load: Callable[[Sequence[str]], Config], timed:
             return Alternative(lines, None, None)
 
     tasks = [partial(planned, lines) for lines in _changes(config)]
-    found = [each for _, each in sorted(share(tasks, processes, lambda _: None), key=lambda done: done[0])]
-    return sorted(found, key=lambda each: float("inf") if each.seconds is None else each.seconds.step)
+    found: dict[int, Alternative] = {}
+    with suppress(Interrupted):  # memory ran out, or an error whose traceback only this process can show
+        found.update(share(tasks, processes, _unreported))
+    every = [found[number] if number in found else task(_unreported) for number, task in enumerate(tasks)]
+    return sorted(every, key=lambda each: float("inf") if each.seconds is None else each.seconds.step)
+
+
+def _unreported(_: int) -> None:
+    """Nobody waits for bytes."""
 
 
 def _changes(config: Config) -> Iterator[tuple[str, ...]]:

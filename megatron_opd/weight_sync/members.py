@@ -189,10 +189,16 @@ def _begin(client: Client) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Shared tensors as the tensors that the reader then has; others with their content."""
+    """Shared tensors as the tensors that the reader then has; bytes, [n] uint8, as a list.
+
+    Not as torch pickles them: megatron-core 0.19 puts a function of its own in the place of torch's reader of storages, and what
+    names it no engine can read.
+    """
 
     def reducer_override(self, obj: object) -> Any:
-        return (obj.rebuild, obj.arguments) if isinstance(obj, SharedTensor) else NotImplemented
+        if isinstance(obj, SharedTensor):
+            return obj.rebuild, obj.arguments
+        return (torch.ByteTensor, (obj.tolist(),)) if isinstance(obj, Tensor) else NotImplemented
 
 
 def _serialize(named: Sequence[tuple[str, Tensor | SharedTensor]]) -> str:

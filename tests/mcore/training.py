@@ -36,6 +36,7 @@ from megatron_opd.types import (
     StepStats,
     TrainState,
 )
+from megatron_opd.validation import slices
 from tests.mcore.worlds import build_student, open_layout
 
 STABLE_OPD = Objective(
@@ -196,22 +197,34 @@ class Measured:
     measured: list[tuple[LossTerms[float], float]]  # with the largest engine gap, nats
     stepped: list[StepStats]
     weights: dict[str, torch.Tensor]  # in the end, by HF name
+    parts: list[int]  # of each measurement
 
 
-def measure_before_steps(student: str, teacher: str, case: Case, measured: Objective | None) -> Measured:
-    """``measured``: the objective of the measurements; None: there are none."""
+def measure_before_steps(
+    student: str, teacher: str, case: Case, measured: Objective | None, at_once: int | None = None
+) -> Measured:
+    """``measured``: the objective of the measurements; None: there are none. ``at_once``: responses, about; None: all."""
     layout, platform = open_layout(case.parallel)
     trainer = build_trainer(student, case, layout, platform)
     padded = trainer.spec.dims.padded_vocab_size
     scorers = [build_scorer(teacher, case, layout, platform, padded) for _ in ("teacher", "reference")]
-    found = Measured([], [], {})
+    found = Measured([], [], {}, [])
+    multiple = Multiples.of([case.parallel, case.frozen]).microbatches
     for seed in range(2):
-        shares = share(make_rollouts(seed, trainer.loss_vocab_size), case, layout)
+        rollouts = make_rollouts(seed, trainer.loss_vocab_size)
+        shares = share(rollouts, case, layout)
         own = own_part(shares, layout)
         with trainer.off_device():
             of_teacher, of_reference = (_score(scorer, shares) for scorer in scorers)
-            if measured is not None:
-                found.measured.append(trainer.measure(own, of_teacher, of_reference, measured))
+            parts = []
+            for each in slices(shares, len(rollouts), at_once or len(rollouts), multiple) if measured else ():
+                own_teacher, own_reference = (_score(scorer, each) for scorer in scorers)
+                assert measured is not None
+                parts.append(trainer.measure(own_part(each, layout), own_teacher, own_reference, measured))
+            if parts:
+                terms = LossTerms(*(sum(values, 0.0) for values in zip(*(terms for terms, _ in parts), strict=True)))
+                found.measured.append((terms, max(gap for _, gap in parts)))
+                found.parts.append(len(parts))
         found.stepped.append(trainer.step(own, of_teacher, of_reference))
     found.weights.update(hf_weights(trainer))
     return found

@@ -23,15 +23,13 @@ from megatron_opd.sglang.engine_side.opd_weights import receive
 
 # Of what SGLang 0.5.21's unpickler lets pass; tests/sglang/test_sglang.py asks the real one.
 LET_PASS = {
-    ("collections", "OrderedDict"),
+    ("torch", "ByteTensor"),
     ("torch", "Size"),
     ("torch", "Tensor"),
     ("torch", "uint8"),
-    ("torch._utils", "_rebuild_tensor_v2"),
     ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
     ("torch.storage", "TypedStorage"),
     ("torch.storage", "UntypedStorage"),
-    ("torch.storage", "_load_from_bytes"),
 }
 
 
