@@ -37,7 +37,6 @@ class Engines:
     teacher: RolloutEngine | None = None
     weight_sync: WeightSync | None = None
     beside: Beside | None = None  # the same engines, to write beside the training, where they can
-    forget: bool = False  # the student's lose its weights while they sleep
 
 
 def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: Trainer, servers: Fleet | None) -> Engines:
@@ -47,7 +46,6 @@ def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: T
     student: RolloutEngine | None = None
     weight_sync: WeightSync | None = None
     beside: Beside | None = None
-    forget = False
     writers: dict[str, RolloutEngine] = {}
     served: dict[str, SGLangEngine] = {}
     for name, folder in inputs.teachers.items() if config.teacher_writes else ():
@@ -60,14 +58,13 @@ def build_engines(config: Config, inputs: Inputs, platform: Platform, trainer: T
     if config.samples and servers is not None and config.rollout.backend == "sglang":
         attached = bool(config.rollout.urls)
         own = _served(config, inputs, servers, STUDENT, inputs.student, frozen=False, attached=attached)
-        student, weight_sync, forget = own, _sync(config, inputs, platform, trainer, servers, own), own.residence is not None
+        student, weight_sync = own, _sync(config, inputs, platform, trainer, servers, own)
         teachers = RoutedEngine({name: each.here for name, each in served.items()}, inputs.teacher_stop_ids)
         beside = Beside(servers.first_rank, Writers(own.here, teachers if served else None))
     elif config.samples:
         embedded = _embed(config, inputs, platform, inputs.student.path, load=False)
         student, weight_sync = embedded, MemorySync(trainer, embedded)
-    writing = RoutedEngine(writers, inputs.teacher_stop_ids) if writers else None
-    return Engines(student, writing, weight_sync, beside, forget)
+    return Engines(student, RoutedEngine(writers, inputs.teacher_stop_ids) if writers else None, weight_sync, beside)
 
 
 def _embed(config: Config, inputs: Inputs, platform: Platform, folder: Path, *, load: bool) -> EmbeddedEngine:

@@ -24,7 +24,6 @@ from megatron_opd.hf_folder import HFFolder, resolve_model
 from megatron_opd.mcore.checkpoint_files import LATEST
 from megatron_opd.mcore.parallel import init_layout, init_process_group
 from megatron_opd.mcore.platform import Platform
-from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.monitoring.repetition import repeated_ngram_share
 from megatron_opd.preflight import Inputs, eval_sampling, prepare_models, prepare_tasks
 from megatron_opd.rollout.versions import check_versions
@@ -112,9 +111,9 @@ def run_evaluation(evaluation: Evaluation, platform: Platform) -> None:
             for task in inputs.tasks
         }
         if any(pending.values()):
-            with _writer(config, inputs, platform) as (engine, trainer):
+            with _writer(config, inputs, platform) as engine:
                 for task in inputs.tasks:
-                    _answer(config, inputs, task, pending[task.name], engine, trainer, files.get(task.name))
+                    _answer(config, inputs, task, pending[task.name], engine, files.get(task.name))
         if files:
             _report(evaluation, inputs, {name: file.results for name, file in files.items()})
 
@@ -144,7 +143,6 @@ def _answer(
     task: Task,
     pending: Sequence[RolloutRequest],
     engine: RolloutEngine,
-    trainer: Trainer,
     file: ResultFile | None,
 ) -> None:
     """The missing responses to one task, in batches that are written at once. ``file``: on the first rank."""
@@ -155,8 +153,7 @@ def _answer(
     size = _ROUNDS * engines * rollout.max_batch_size
     for start in range(0, len(pending), size):
         batch = pending[start : start + size]
-        with trainer.off_device():
-            rollouts = engine.generate(batch, sampling)
+        rollouts = engine.generate(batch, sampling)
         check_versions(rollouts, 0, lag=0)
         verdicts = verify(rollouts, dist.group.WORLD)
         if file is not None:
@@ -170,7 +167,7 @@ def _answer(
 
 
 @contextmanager
-def _writer(config: Config, inputs: Inputs, platform: Platform) -> Iterator[tuple[RolloutEngine, Trainer]]:
+def _writer(config: Config, inputs: Inputs, platform: Platform) -> Iterator[RolloutEngine]:
     """The engine with the model's weights, by the way that they take in training; no teacher, no reference."""
     # Servers size their contexts by it.
     longest = max(task.max_new_tokens for task in inputs.tasks)
@@ -187,8 +184,9 @@ def _writer(config: Config, inputs: Inputs, platform: Platform) -> Iterator[tupl
         engines = build_engines(alone, inputs, platform, trainer, servers)
         assert engines.student is not None and engines.weight_sync is not None
         stack.callback(engines.weight_sync.leave)
+        stack.enter_context(trainer.off_device())
         engines.weight_sync.push(0)
-        yield engines.student, trainer
+        yield engines.student
 
 
 def _alone(config: Config) -> Config:

@@ -22,7 +22,7 @@ class Recovery:
         self._config, self._system, self._saver, self._reporter = config, system, saver, reporter
 
     def roll_back(self, state: TrainState, alarms: Sequence[Alarm]) -> TrainState:
-        """The state to go on from; model, optimizer, engines, monitors and metrics are back there too.
+        """The state to go on from; model, optimizer, monitors and metrics are back there too, engines when they write.
 
         The same prompts come again, with the coefficients raised. Checkpoints of later steps are deleted: a run that is started
         again must not resume from them. The one that was returned to gets the raised coefficients. Raises RunStopped, after a
@@ -46,8 +46,6 @@ class Recovery:
         system.monitors.load_state_dict(restored.monitors)
         system.rollouts.discard()
         delete_later(saver.folder, target)
-        if system.weight_sync:
-            system.weight_sync.push(restored.policy_version)
         before, after = (coefficients(config.objective, each) for each in (state, restored))
         action = (
             f"rolled back to step {number(target)}; reference_kl {before.reference_kl:.4g} -> {after.reference_kl:.4g}, "

@@ -29,7 +29,7 @@ from megatron_opd.scoring.sglang import SGLangScorer
 from megatron_opd.scoring.student import StudentSupport
 from megatron_opd.servers import start_servers, teacher_servers
 from megatron_opd.sglang.fleet import Fleet
-from megatron_opd.types import RolloutEngine, Scorer, WeightSync
+from megatron_opd.types import RolloutEngine, Scorer, SyncStats, WeightSync
 
 _PROBES = 8  # prompts that a served teacher scores before the first step
 
@@ -47,7 +47,6 @@ class System:
     weight_sync: WeightSync | None
     monitors: Monitors
     servers: Fleet | None  # of SGLang
-    engines_forget: bool  # the student's weights, while they sleep
 
     def sleep_engines(self) -> None:
         """Engines on the training's devices give them up until they are used again. Collective over the world."""
@@ -55,10 +54,9 @@ class System:
             if engine is not None:
                 engine.sleep()
 
-    def restore_engines(self, version: int) -> None:
-        """Engines that slept between two steps get the student's weights again, which are ``version``. Collective likewise."""
-        if self.engines_forget and self.weight_sync is not None:
-            self.weight_sync.push(version)
+    def push(self, version: int) -> SyncStats | None:
+        """The student's weights, which are ``version``, to its engines, where there are some. Collective over the world."""
+        return None if self.weight_sync is None else self.weight_sync.push(version)
 
     def close(self) -> None:
         """End what runs beside this process."""
@@ -104,7 +102,6 @@ def _build_parts(config: Config, inputs: Inputs, platform: Platform, layout: Par
         weight_sync=engines.weight_sync,
         monitors=Monitors(config.monitors, config.rollout.sampling.max_new_tokens),
         servers=servers,
-        engines_forget=engines.forget,
     )
 
 

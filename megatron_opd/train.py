@@ -71,8 +71,6 @@ def _run(
     if inputs.resume:
         state = load_checkpoint(inputs.resume, trainer)
         system.monitors.load_state_dict(state.monitors)
-    if system.weight_sync:
-        system.weight_sync.push(state.policy_version)
     validation = Validation(config, inputs, system)
     if state.step == 0 and config.eval:
         reporter.start(state, validation.start(state))
@@ -81,6 +79,8 @@ def _run(
 
     while state.step < config.run.steps:
         with trainer.off_device():  # engines and frozen models have the memory
+            with clock.phase("weight_sync"):
+                sync = system.push(state.policy_version)
             with clock.phase("rollout"):
                 rollouts = system.rollouts.take(state)  # the next prompts, each response from the one who is to write it
                 if config.rollout.lag and state.step + 1 < config.run.steps:
@@ -108,17 +108,12 @@ def _run(
             keep = reporter.samples(state.step + 1, rollouts)
             stats = trainer.step(batches, teacher_scores, reference_scores, objective=objective, rollouts=rollouts, keep=keep)
         state.step += 1
+        state.policy_version += not stats.skipped
         state.healthy, state.alarms = not alarms, [f"{alarm.monitor}.{alarm.level}" for alarm in alarms]
         _count_skips(state, stats)
         control(state, config.monitors.control, stats.terms.reference_kl, system.monitors.summary()["rollout/truncation_rate"])
         with clock.phase("rollout"):
             system.rollouts.settle()
-        with clock.phase("weight_sync"):
-            sync = None
-            # After a skipped step too: servers that slept forgot the weights, and those that came back never had them.
-            if system.weight_sync and (not stats.skipped or config.rollout.backend == "sglang"):
-                state.policy_version += not stats.skipped
-                sync = system.weight_sync.push(state.policy_version)
 
         record = {**rollout_figures(rollouts, dist.group.WORLD), "packing/padding": padding_share(shares, rollouts)}
         record |= {"mixture/reference_kl": objective.reference_kl, "mixture/gold_weight": objective.gold_weight}

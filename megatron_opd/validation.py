@@ -62,6 +62,7 @@ class Validation:
         figures: dict[str, float | None] = {}
         histograms: dict[str, Histogram] = {}
         with system.trainer.off_device():
+            system.push(state.policy_version)
             results = [(task, self._evaluate(system.engine, task)) for task in self._inputs.tasks]
             system.sleep_engines()  # their memory is the frozen models', then the student's
             for task, result in results:
@@ -71,8 +72,6 @@ class Validation:
                 _keep(state, task, name, result.accuracy)
                 if task.name == HELDOUT and settings.score:
                     figures |= scored_figures(self._config, system, result.rollouts, settings.temperature)
-        if state.step < self._config.run.steps:  # else nothing more is written
-            system.restore_engines(state.policy_version)
         return Validated(figures, histograms)
 
     def _evaluate(self, engine: RolloutEngine, task: Task) -> EvalResult:

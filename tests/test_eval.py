@@ -63,8 +63,6 @@ def first_figures_on_rank(config: Config) -> Mapping[str, float | None]:
     platform.prepare_process()
     inputs = prepare(config, platform, 1)
     system = build_system(config, inputs, platform, init_layout(config.student.parallel, config.run.seed))
-    assert system.weight_sync is not None
-    system.weight_sync.push(0)
     return Validation(config, inputs, system).start(TrainState()).figures
 
 

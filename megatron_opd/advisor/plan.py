@@ -60,13 +60,15 @@ class RankClass:
         always = self.resident + self.engine.weights
         away = 0 if self.student_offload else self.state.total
         scoring = [(each.size.weights if each.offload else 0) + each.size.working for each in self.frozen.values()]
+        # The whole state is there at the end, when the model is written out.
+        pushing = self.engine.pushed + (self.state.parameters if self.student_offload else self.state.total)
         step = max(self.passes.recomputed + self.passes.working, self.loss)
         return {
             "start": always + self.state.total - self.state.moments + self.visiting,
             "rollout": always + away + self.engine.cache,
             "score": always + away + max(scoring, default=0),
             "train": always + self.state.total + self.passes.held + step,
-            "export": always + self.state.total + self.export + self.engine.pushed,
+            "export": always + max(self.state.total, pushing) + self.export,
         }
 
     @property

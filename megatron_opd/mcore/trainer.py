@@ -262,9 +262,10 @@ class Trainer:
     def off_device(self) -> Iterator[None]:
         """Between two steps: weights, master weights and moments wait in host memory, the gradient buffers are given up.
 
-        Engines and frozen models have the device memory to themselves. Does nothing unless made with ``offload``.
+        Engines and frozen models have the device memory to themselves. Does nothing unless made with ``offload``, and inside
+        itself.
         """
-        if not self.offload:
+        if not self.offload or self._waiting is not None:
             yield
             return
         self.complete_parameters()

@@ -191,8 +191,8 @@ def _begin(client: Client) -> None:
 class _Pickler(pickle.Pickler):
     """Shared tensors as the tensors that the reader then has; bytes, [n] uint8, as a list.
 
-    Not as torch pickles them: megatron-core 0.19 puts a function of its own in the place of torch's reader of storages, and what
-    names it no engine can read.
+    Not as torch pickles them: megatron-core 0.19 puts a function of its own in the place of torch's reader of storages, and no
+    engine reads what names it.
     """
 
     def reducer_override(self, obj: object) -> Any:

@@ -11,10 +11,17 @@ class MemorySync:
 
     def __init__(self, trainer: Trainer, engine: WeightReceiver) -> None:
         self.trainer, self.engine = trainer, engine
+        self._version: int | None = None  # that the engine has
 
     def push(self, version: int) -> None:
-        """The student's current weights become the engine's; its later rollouts carry ``version``. Raises OpdError."""
-        self.engine.load_weights(self.trainer.export().whole(), version)
+        """The student's current weights become the engine's, unless it has this ``version``, which its later rollouts carry.
+
+        Raises OpdError.
+        """
+        if version != self._version:
+            with self.trainer.weights_on_device():
+                self.engine.load_weights(self.trainer.export().whole(), version)
+            self._version = version
 
     def leave(self) -> None:
         """Nothing connects."""

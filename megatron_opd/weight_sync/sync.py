@@ -5,6 +5,8 @@ A carrier brings them; here is what all carriers have in common: who takes part,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_opd.mcore.trainer import Trainer
 from megatron_opd.sglang.client import Client, Endpoint, EngineError
 from megatron_opd.sglang.first_rank import FirstRank
@@ -52,18 +54,25 @@ class EngineSync:
     def push(self, version: int) -> SyncStats:
         """The student's current weights become the engines'; their later responses carry ``version``.
 
-        An engine that fails is lost, and the others are served without it; one that has come back is served again. Raises
-        RunStopped, on every rank and with the engine's name, where none is left, a transfer fails again and again, or an engine
-        afterwards has other weights than the student.
+        An engine that fails is lost, and the others are served without it; one that has come back is served again. On shared
+        devices the engines' weights take the place of the student's optimizer, and the rest of the engines that of its weights.
+        Raises RunStopped, on every rank and with the engine's name, where none is left, a transfer fails again and again, or an
+        engine afterwards has other weights than the student.
         """
+        with self._trainer.off_device():
+            return self._push(version)
+
+    def _push(self, version: int) -> SyncStats:
         failures: list[str] = []  # the same on all ranks
         while len(failures) < _ATTEMPTS:
             if not (candidates := self._first_rank.run(self._roster.candidates)):
                 failures.append(f"SGLang: no engine of the {self._roster.model} is left to take weights")
                 break
             try:
-                delivery = self._deliver(version, candidates)
-                gap = self._prove()
+                with self._trainer.weights_on_device():
+                    delivery = self._deliver(version, candidates)
+                    expected = None if self._probe is None else self._probe.score(self._trainer)
+                gap = self._prove(expected)
             except WeightsDiffer as error:
                 raise RunStopped(str(error)) from error
             except OpdError as error:
@@ -126,11 +135,14 @@ class EngineSync:
             self._roster.lose(endpoint, reason)
         members.close()
 
-    def _prove(self) -> float | None:
-        """The largest gap between an engine's scores of the probe and the trainer's, nats. Raises OpdError, WeightsDiffer."""
-        if self._probe is None:
+    def _prove(self, expected: Sequence[float] | None) -> float | None:
+        """The largest gap between an engine's scores of the probe and the trainer's, ``expected``, nats; None: not probed.
+
+        Raises OpdError, WeightsDiffer.
+        """
+        if expected is None or self._probe is None:
             return None
-        probe, expected = self._probe, self._probe.score(self._trainer)
+        probe = self._probe
 
         def compare() -> float:
             assert self._members is not None
@@ -142,8 +154,7 @@ class EngineSync:
                 residence.release(endpoints, ["kv_cache", "cuda_graph"])
             return gap
 
-        with self._trainer.off_device():
-            return self._first_rank.run(compare)
+        return self._first_rank.run(compare)
 
     def _admit(self) -> None:
         assert self._members is not None

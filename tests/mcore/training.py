@@ -230,7 +230,7 @@ def measure_before_steps(
     return found
 
 
-def _score(scorer: Scorer, shares: list[list[PackedBatch]]) -> list[FrozenScores]:
+def _score(scorer: Scorer, shares: Sequence[Sequence[PackedBatch]]) -> list[FrozenScores]:
     with scorer.on_device():
         return scorer.score(shares)
 
