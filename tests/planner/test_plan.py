@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import yaml
 from torch.distributed.distributed_c10d import GroupName
 
 from megatron_opd import cli
-from megatron_opd.advisor.planner import Planner
+from megatron_opd.advisor.planner import NoRoom, Planner
 from megatron_opd.advisor.render import table, wrapped
-from megatron_opd.config import ParallelConfig
+from megatron_opd.config import Config, ParallelConfig
 from megatron_opd.config_file import load_config
 from megatron_opd.mcore.collectives import Kind, group_names
 from megatron_opd.mcore.fake_world import fake_rank
 from megatron_opd.mcore.parallel import group_ranks, init_layout
+from megatron_opd.planner.alternatives import alternatives
 from megatron_opd.planner.links import Span
+from megatron_opd.workers import Interrupted
 from tests.advisor.configs import LLAMA_70B, write_config_json
 from tests.conftest import Table
 
@@ -177,6 +180,50 @@ def test_long_lines_are_broken() -> None:
     assert [line.split()[-9:] for line in (lines[1], lines[-1])] == [figures, figures]
     assert "".join(line[: lines[0].index("ranks")].strip() + " " for line in lines[1:-1]).split() == name.split()
     assert wrapped("word " * 30, hang=7) == ["word " * 21 + "word", " " * 7 + "word " * 7 + "word"]
+
+
+@pytest.mark.parametrize("end", [Interrupted, MemoryError, None], ids=["refused", "out of memory", "killed"])
+def test_other_settings_are_planned_here_where_the_processes_fail(tmp_path: Path, end: type[Exception] | None) -> None:
+    file, parent = write(tmp_path), os.getpid()
+    config = load_config(str(file), [])
+    here: list[Config] = []
+
+    def timed(changed: Config) -> Any:
+        if os.getpid() != parent:
+            if end is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            assert end is not None
+            raise end("of this process")
+        here.append(changed)
+        raise NoRoom("for none of them")
+
+    found = alternatives(config, lambda lines: load_config(str(file), list(lines)), timed, processes=2)
+    # A refusal says that the setting does not fit; with anything else all are planned here, each once.
+    assert len(found) > 4 and not any(each.fits for each in found)
+    assert len(here) == (0 if end is Interrupted else len(found))
+
+
+def test_an_error_that_nobody_foresaw_is_raised_here_with_its_traceback(tmp_path: Path) -> None:
+    def timed(changed: Config) -> Any:
+        raise ZeroDivisionError(changed.run.name)
+
+    config = load_config(str(write(tmp_path)), [])
+    with pytest.raises(ZeroDivisionError, match="planned"):
+        alternatives(config, lambda lines: config, timed, processes=2)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_weights_of_colocated_servers_are_back_at_a_push(tmp_path: Path, offload: bool) -> None:
+    """Beside the student's state, of which the optimizer and the gradients can wait in host memory."""
+    file = write(tmp_path)
+    plan = Planner(torch.device("cuda"), "fused", 80 * 10**9).plan(load_config(str(file), [f"student.offload={offload}"]), 8)
+    weights = 2 * (2 * 1000 * 256 + 4 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256) + 256)  # bytes, bf16
+    for each in plan.classes:
+        assert each.engine.pushed == weights // 2  # tp 2
+        beside = each.state.parameters if offload else each.state.total
+        pushed = each.resident + beside + each.engine.pushed + each.export
+        written_out = each.resident + each.state.total + each.export  # the model, when the run ends
+        assert each.phases["export"] == max(pushed, written_out)
 
 
 @pytest.mark.exhaustive  # a processor second is longer on a machine with other work
