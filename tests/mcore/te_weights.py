@@ -39,6 +39,7 @@ class Found:
     masters_of_megatron_lm: Weights  # where the weights come from its checkpoint
     plain: Weights  # those of a model in bf16
     storages: tuple[int, int]  # bytes of the weights while they are lent, and after
+    exported_within_offload: Weights  # while they are back alone, as for a push
     exported_after_offload: Weights
     stepped: Weights  # held after a step
     stepped_masters: Weights
@@ -128,6 +129,8 @@ def _found(folder: Path, megatron_lm: Path, recipe: Any, scratch: Path) -> Found
     in_fp8 = tuple(name for name, weight in trainer.chunks[0].named_parameters() if _quantised(weight))
     exported, held, masters = _exported(trainer), _held(trainer), _masters(trainer)
     with trainer.off_device():
+        with trainer.weights_on_device():
+            exported_within_offload = _exported(trainer)
         lent = _bytes(memory(trainer.parameters()))
     storages = lent, _bytes(memory(trainer.parameters()))
     exported_after_offload = _exported(trainer)
@@ -150,6 +153,7 @@ def _found(folder: Path, megatron_lm: Path, recipe: Any, scratch: Path) -> Found
         masters_of_megatron_lm=_masters(train(from_megatron_lm)),
         plain={name: weight.detach().clone() for name, weight in plain[0].named_parameters()},
         storages=storages,
+        exported_within_offload=exported_within_offload,
         exported_after_offload=exported_after_offload,
         stepped=stepped,
         stepped_masters=stepped_masters,

@@ -109,6 +109,7 @@ def test_masters_are_what_was_read_and_not_what_is_left_of_it(found: Found) -> N
 def test_offload_takes_all_their_memory_and_brings_it_back(found: Found) -> None:
     lent, back = found.storages
     assert lent == 0 and back > 0
+    assert same(found.exported_within_offload, found.exported)
     assert same(found.exported_after_offload, found.exported)
 
 
