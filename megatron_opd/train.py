@@ -80,7 +80,7 @@ def _run(
     while state.step < config.run.steps:
         with trainer.off_device():  # engines and frozen models have the memory
             with clock.phase("weight_sync"):
-                sync = system.push(state.policy_version)
+                sync = system.push(state.policy_version) if config.mixture.student else None  # else evaluations push
             with clock.phase("rollout"):
                 rollouts = system.rollouts.take(state)  # the next prompts, each response from the one who is to write it
                 if config.rollout.lag and state.step + 1 < config.run.steps:
